@@ -9,9 +9,7 @@ from tests.optim.common import PATHS, gradients, parameters, train
 OFF = {"clip_beta": None, "norm_betas": None, "reset_interval": None}
 
 
-@pytest.mark.parametrize(
-    "choice", [{}, {"foreach": True}, {"fused": True}, {"foreach": False, "fused": False}], ids=str
-)
+@pytest.mark.parametrize("choice", [{}, *PATHS.values()], ids=["default", *PATHS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("maximize", [False, True])
 def test_all_parts_off_is_adamw_bit_for_bit(choice, dtype, maximize):
