@@ -135,7 +135,8 @@ def _share_scales(model: nn.Module, config: FourBitConfig) -> None:
     for parent in model.modules():
         children = dict(parent.named_children())
         for names in FUSED_SIBLINGS:
-            partners = tuple(children[name] for name in names if isinstance(children.get(name), FourBitLinear))
+            siblings = [children.get(name) for name in names]
+            partners = tuple(sibling for sibling in siblings if isinstance(sibling, FourBitLinear))
             if len(partners) > 1:
                 for partner in partners:
                     partner.scale_partners = partners

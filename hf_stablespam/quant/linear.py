@@ -1,4 +1,4 @@
-"""`FourBitLinear`: an `nn.Linear` whose products see 4-bit numbers. Parameters and their names are those of `nn.Linear`."""
+"""`FourBitLinear`: an `nn.Linear` whose products see 4-bit numbers, with the parameters and names of `nn.Linear`."""
 
 from __future__ import annotations
 

@@ -39,10 +39,18 @@ class Recipe(NamedTuple):
 
     @classmethod
     def of(cls, config: FourBitConfig) -> Recipe:
-        operands = [config.quantizer(name) for name in ("weight", "activation", "gradient")]
-        return cls(*operands, config.hadamard, config.hadamard_size, config.hadamard_seed)
+        """The recipe for a configuration."""
+        return cls(
+            weight=config.quantizer("weight"),
+            activation=config.quantizer("activation"),
+            gradient=config.quantizer("gradient"),
+            hadamard=config.hadamard,
+            size=config.hadamard_size,
+            seed=config.hadamard_seed,
+        )
 
     def turn(self, x: Tensor, inverse: bool = False) -> Tensor:
+        """`x` transformed along its last dimension."""
         return hadamard_transform(x, self.size, self.seed, inverse)
 
 
@@ -97,29 +105,26 @@ class FourBitMatmul(torch.autograd.Function):
         x, weight, weight_q, amax = ctx.saved_tensors
         recipe: Recipe = ctx.recipe
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_q = None
+        grad_q = grad  # for the products that are not transformed; made once for both
         if (need_x and not _turns_input_grad(recipe)) or (need_weight and not _turns_weight_grad(recipe)):
             grad_q = on_grid(grad, recipe.gradient)
         grad_x = grad_weight = grad_bias = None
-        if need_x:
-            if _turns_input_grad(recipe):
-                grad_x = _turned_product(grad, recipe.gradient, weight.t().to(grad.dtype), recipe.weight, recipe)
-            else:
-                if weight_q is None:
-                    weight_q = quantize_weight(weight, recipe, grad.dtype, amax)
-                grad_x = grad_q @ weight_q
-                grad_x = recipe.turn(grad_x, inverse=True) if recipe.hadamard == "all" else grad_x
+        if need_x and _turns_input_grad(recipe):
+            grad_x = _turned_product(grad, recipe.gradient, weight.t().to(grad.dtype), recipe.weight, recipe)
+        elif need_x:
+            if weight_q is None:
+                weight_q = quantize_weight(weight, recipe, grad.dtype, amax)
+            grad_x = _turned_back(grad_q @ weight_q, recipe)
+        rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         if need_weight:
-            rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
             inputs = x.reshape(-1, x.shape[-1])  # (tokens, in)
             if _turns_weight_grad(recipe):
                 grad_weight = _turned_product(rows.t(), recipe.gradient, inputs.t(), recipe.activation, recipe)
             else:
-                grad_weight = grad_q.reshape(rows.shape).t() @ inputs
-                grad_weight = recipe.turn(grad_weight, inverse=True) if recipe.hadamard == "all" else grad_weight
+                grad_weight = _turned_back(grad_q.reshape(rows.shape).t() @ inputs, recipe)
             grad_weight = grad_weight.to(ctx.weight_dtype)
         if need_bias:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+            grad_bias = rows.sum(0)
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
@@ -129,6 +134,11 @@ def _turns_weight_grad(recipe: Recipe) -> bool:
 
 def _turns_input_grad(recipe: Recipe) -> bool:
     return recipe.hadamard == "all" and recipe.gradient is not None
+
+
+def _turned_back(product: Tensor, recipe: Recipe) -> Tensor:
+    """Undo the forward pass's transform of the input dimension."""
+    return recipe.turn(product, inverse=True) if recipe.hadamard == "all" else product
 
 
 def _turned_product(

@@ -183,21 +183,22 @@ def _quantize_two_level(
     """An FP8 scale per block and one float32 scale per tensor."""
     whole = tensor_scale(peak.amax() if amax is None else amax, quantizer.four_over_six)
 
-    def with_anchor(anchor: float) -> Quantized:
-        stored = e4m3_scale(peak, whole, anchor)
+    def with_scale(stored: Tensor) -> Quantized:
         codes = groups * ((1.0 / whole) / stored)
         codes = round_to_codes(codes, quantizer.format, quantizer.stochastic)
         return Quantized(codes, whole * stored, 1.0, None, stored, whole, kept, width)
 
-    six = with_anchor(6.0)
+    stored_six = e4m3_scale(peak, whole, 6.0)
+    six = with_scale(stored_six)
     if not quantizer.four_over_six:
         return six
-    four = with_anchor(4.0)
+    stored_four = e4m3_scale(peak, whole, 4.0)
+    four = with_scale(stored_four)
     better = _block_error(groups, four, quantizer) < _block_error(groups, six, quantizer)
     return six._replace(
         codes=torch.where(better, four.codes, six.codes),
         scale=torch.where(better, four.scale, six.scale),
-        block_scale=torch.where(better, four.block_scale, six.block_scale),
+        block_scale=torch.where(better, stored_four, stored_six),
     )
 
 

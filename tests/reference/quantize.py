@@ -1,4 +1,4 @@
-"""Slow, readable quantizers: one group at a time, in float64, straight from the tables of the paper and the standards."""
+"""Slow, readable quantizers: one group at a time, in float64, straight from the definitions of the formats."""
 
 from __future__ import annotations
 
