@@ -1,0 +1,5 @@
+"""Optimizers: torch only."""
+
+from hf_stablespam.optim.stable_spam import StableSPAM
+
+__all__ = ["StableSPAM"]

@@ -1,0 +1,1 @@
+"""Slow, readable versions of what the package computes."""
