@@ -119,7 +119,7 @@ def load_documents(
     """Tokenises named texts, or reads what an earlier call with the same arguments left in the cache."""
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(
-            f"vocab_size must be at least {SMALLEST_VOCABULARY}, the bytes and {END_OF_TEXT}, got {vocab_size}"
+            f"vocab_size must be at least {SMALLEST_VOCABULARY}, one for each byte and {END_OF_TEXT}; got {vocab_size}"
         )
     documents = list(documents)
     folder = _cache_root(cache_folder) / _cache_key(documents, vocab_size)

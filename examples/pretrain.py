@@ -91,9 +91,7 @@ class DataArguments:
 class StabilityArguments:
     four_bit: str | None = field(
         default=None,
-        metadata={
-            "help": "Format of 4-bit linear layers: int4, int4_asym, fp4_e1m2, fp4_e2m1, mxfp4, nvfp4."
-        },
+        metadata={"help": "Format of 4-bit linear layers: int4, int4_asym, fp4_e1m2, fp4_e2m1, mxfp4, nvfp4."},
     )
     four_bit_group_size: int = field(default=128, metadata={"help": "Weights that share a scale."})
     gradient_norms: bool = field(default=False, metadata={"help": "Log gradient norms and clipped entries."})

@@ -51,9 +51,7 @@ def load_text_data(
     if tokenizer_name:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     else:
-        tokenizer = train_tokenizer(
-            (row[text_column] for row in islice(train, TOKENIZER_DOCUMENTS)), vocab_size
-        )
+        tokenizer = train_tokenizer((row[text_column] for row in islice(train, TOKENIZER_DOCUMENTS)), vocab_size)
     if streaming:
         train = train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     train, validation = (to_blocks(part, tokenizer, text_column, block_size) for part in (train, validation))
@@ -94,9 +92,7 @@ def check_column(dataset: Dataset | IterableDataset, text_column: str, name: str
     """Raises ValueError when the column does not exist."""
     columns = dataset.column_names or next(iter(dataset)).keys()
     if text_column not in columns:
-        raise ValueError(
-            f"text_column must be one of the columns of {name}, {sorted(columns)}, got {text_column!r}"
-        )
+        raise ValueError(f"text_column must be one of the columns of {name}, {sorted(columns)}, got {text_column!r}")
 
 
 def to_blocks(
