@@ -55,6 +55,11 @@ def load_text_data(
     if streaming:
         train = train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     train, validation = (to_blocks(part, tokenizer, text_column, block_size) for part in (train, validation))
+    for part in (train, validation):
+        if not streaming and len(part) == 0:
+            raise ValueError(
+                f"block_size must be at most the tokens of {name} and of its validation part, got {block_size}"
+            )
     return train, validation, tokenizer
 
 

@@ -127,5 +127,5 @@ def test_bad_input(call, message):
 
 def test_a_python_without_sources_is_an_error_that_says_what_to_do(monkeypatch):
     monkeypatch.setattr(corpus, "standard_library_documents", lambda: iter([("a.py", "x = 1")]))
-    with pytest.raises(FileNotFoundError, match="only 5 characters of source code; .* or give --dataset_name"):
+    with pytest.raises(FileNotFoundError, match=r"only 5 characters of source code; .* or give --dataset_name"):
         corpus.load_standard_library()
