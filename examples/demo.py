@@ -162,7 +162,7 @@ def plot(histories: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for figure, logs and models")
+    parser.add_argument("--output_dir", type=Path, default=Path("demo"), help="folder for figure, logs and models")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"update steps of each run; default {STEPS}")
     parser.add_argument("--smoke", action="store_true", help=f"only {SMOKE_STEPS} steps: to see that it works")
     parser.add_argument("--seed", type=int, default=42, help="of weights and data order; default 42")
@@ -171,11 +171,11 @@ def main(arguments: list[str] | None = None) -> None:
     if steps < 2:
         parser.error(f"--steps must be at least 2, got {steps}")
 
-    histories = {run.folder: train(run, options.output, steps, options.seed) for run in RUNS}
-    plot(histories, options.output / "loss.png")
+    histories = {run.folder: train(run, options.output_dir, steps, options.seed) for run in RUNS}
+    plot(histories, options.output_dir / "loss.png")
     print(f"\n{table(histories)}\n\n{summary(histories, steps)}")
     print("The 4-bit arithmetic is simulated: the losses are those of 4-bit training, the seconds are not.")
-    print(f"\nCurves: {options.output / 'loss.png'}\nTrained model: {options.output / CANDIDATE}")
+    print(f"\nCurves: {options.output_dir / 'loss.png'}\nTrained model: {options.output_dir / CANDIDATE}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def test_the_verdict_comes_from_the_numbers(candidate, words):
 
 
 def test_the_demo_runs_from_one_end_to_the_other(tmp_path, capsys):
-    demo.main(["--steps", "2", "--output", str(tmp_path)])
+    demo.main(["--steps", "2", "--output_dir", str(tmp_path)])
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     for run in demo.RUNS:
         assert (tmp_path / run.folder / "model.safetensors").is_file()

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-
 SHAPE = ["--model_size", "tiny", "--vocab_size", "300", "--block_size", "16", "--max_eval_samples", "4"]
 RUN = ["--max_steps", "3", "--logging_steps", "1", "--per_device_train_batch_size", "2", "--learning_rate", "1e-3"]
 QUIET = ["--report_to", "none", "--disable_tqdm", "True"]
