@@ -93,12 +93,14 @@ def norm_target(
     norm_sq = gamma2 * norm_sq + (1 - gamma2) * norm.square()
     mean_hat = norm_mean / bias_correction(gamma1, step)
     root_hat = (norm_sq / bias_correction(gamma2, step)).sqrt()
-    return norm_mean, norm_sq, mean_hat / (root_hat + eps)
+    floor = torch.finfo(norm.dtype).tiny  # v of a tiny gradient underflows to 0, and eps may be 0
+    return norm_mean, norm_sq, mean_hat / (root_hat + eps).clamp(min=floor)
 
 
 def norm_factor(target: Tensor, norm: Tensor) -> Tensor:
     """``c/n``, the one factor by which AdaGN multiplies a gradient; 0 for a gradient of zeros (no division)."""
-    return torch.where(norm > 0, target / norm, torch.zeros_like(norm))
+    factor = (target / norm).clamp(max=torch.finfo(norm.dtype).max)  # a denormal norm divides to inf
+    return torch.where(norm > 0, factor, torch.zeros_like(norm))
 
 
 def safe_norm(grad: Tensor, grad_max: Tensor) -> Tensor:
