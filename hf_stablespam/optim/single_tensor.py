@@ -39,12 +39,19 @@ def stable_spam_step(param: Tensor, grad: Tensor, state: State, options: Options
         0-dimensional tensors by the names of `StableSPAM.statistics`.
     """
     grad, trackers, statistics = stabilized(grad, state, options)
+    update(param, grad, trackers, state, options, statistics)
+    return statistics
+
+
+def update(
+    param: Tensor, grad: Tensor, trackers: State, state: State, options: Options, statistics: dict[str, Tensor]
+) -> None:
+    """Give Adam the stabilised gradient; store weight and state, unless the gradient was not finite."""
     moments, weight = _adam(param.to(grad.dtype), grad, state, options, statistics)
     finite = statistics["nonfinite"] == 0
     for name, value in {**trackers, **moments}.items():
         state[name].copy_(torch.where(finite, value.to(state[name].dtype), state[name]))
     param.copy_(torch.where(finite, weight.to(param.dtype), param))
-    return statistics
 
 
 def stabilized(grad: Tensor, state: State, options: Options) -> tuple[Tensor, State, dict[str, Tensor]]:

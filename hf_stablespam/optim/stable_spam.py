@@ -10,6 +10,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_stablespam.optim.options import check_group_names, check_stable_spam
 from hf_stablespam.optim.plain_adamw import is_plain_adamw, plain_adamw_step
+from hf_stablespam.optim.sharded import Sharded, is_sharded, sharded_step
 from hf_stablespam.optim.single_tensor import stabilized, stable_spam_step
 
 STATISTICS = (
@@ -153,8 +154,10 @@ class StableSPAM(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         groups = [(group, self._params_with_grad(group)) for group in self.param_groups]
-        self._last_step = {}
+        sharded = [(group, [p for p in params if is_sharded(p)]) for group, params in groups]
+        self._last_step = sharded_step([Sharded(group, ps, [self.state[p] for p in ps]) for group, ps in sharded])
         for group, params in groups:
+            params = [param for param in params if param not in self._last_step]
             if is_plain_adamw(group) and not torch.compiler.is_compiling() and all(p.is_cpu for p in params):
                 self._plain_adamw_step(group, params)
             else:
