@@ -6,9 +6,11 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from filelock import FileLock
 
 TIMEOUT = timedelta(minutes=3)
 
@@ -43,12 +45,12 @@ def _process(rank: int, world_size: int, port: int, function: Callable[..., None
         dist.destroy_process_group()
 
 
-def run_once(folder: Path, world_size: int, function: Callable[..., None], *arguments: object) -> Path:
-    """`run_processes`, once for all test workers that share `folder`, which the function gets as first argument."""
-    from filelock import FileLock
-
+def run_once(factory: pytest.TempPathFactory, name: str, function: Callable[[Path], None]) -> Path:
+    """Call `function(folder)` once, also where several pytest workers ask for the same; returns the folder."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            folder.mkdir(parents=True)
-            run_processes(world_size, function, folder, *arguments)
+            folder.mkdir()
+            function(folder)
     return folder

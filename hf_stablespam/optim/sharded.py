@@ -1,4 +1,4 @@
-"""One step of Stable-SPAM for sharded parameters (`DTensor`: FSDP2, HSDP, tensor parallel), from whole-tensor statistics.
+"""One step of Stable-SPAM for sharded parameters (`DTensor`: FSDP2, HSDP, tensor parallel), by whole-tensor statistics.
 
 Letting each `DTensor` reduce itself costs two collectives per tensor and statistic. Here every process reduces its own
 shards, and what it found travels stacked: one maximum (AdaClip's threshold needs it first) and one sum (AdaGN needs the

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 
 from hf_stablespam import StableSPAM
-from tests.processes import run_once
+from tests.processes import run_once, run_processes
 
 STEPS = 20
 COUNTED = (1, 7)  # counting collectives makes a step ten times slower
@@ -99,7 +99,7 @@ def refuse_partial_sums(folder) -> None:
     mesh = init_device_mesh("cpu", (4,))
     param = torch.nn.Parameter(DTensor.from_local(torch.ones(2, 3), mesh, [Partial()]))
     param.grad = DTensor.from_local(torch.ones(2, 3), mesh, [Partial()])
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="parameters must be") as error:
         StableSPAM([param]).step()
     (folder / f"error {dist.get_rank()}.txt").write_text(str(error.value))
 
@@ -116,8 +116,7 @@ def accept_partial_gradients(folder) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    base = tmp_path_factory.getbasetemp()
-    return run_once((base.parent if "popen-" in base.name else base) / "sharded", 4, train_on_meshes)
+    return run_once(tmp_path_factory, "sharded", lambda folder: run_processes(4, train_on_meshes, folder))
 
 
 @pytest.fixture(scope="module")
