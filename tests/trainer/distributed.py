@@ -50,7 +50,7 @@ def run(
     """A run of `STEPS` steps in 4 bits with accumulation, resets and a spike.
 
     Args:
-        fsdp: kind of state dict of FSDP2 (`"FULL_STATE_DICT"` or `"SHARDED_STATE_DICT"`), `None` for DDP or one process.
+        fsdp: FSDP2's kind of state dict (`"FULL_STATE_DICT"`, `"SHARDED_STATE_DICT"`), `None` for DDP or one process.
         resume: the checkpoint to go on from.
         stop_at: the step after which the run ends.
     """
