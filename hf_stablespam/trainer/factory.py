@@ -82,3 +82,22 @@ def _resolving_auto(original: Any) -> Any:
         return original(self, num_training_steps, optimizer)
 
     return create_scheduler
+
+
+def wrap_callback_handler(handler_cls: Any) -> None:
+    """Resolve `decay_steps="auto"` at the start of training where it still stands. Twice is harmless.
+
+    A subclass of the Trainer with a `create_scheduler` of its own never comes through ours.
+    """
+    original = handler_cls.on_train_begin
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def on_train_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.optimizer is not None:
+            set_decay_steps(self.optimizer, state.max_steps)
+        return original(self, args, state, control, **kwargs)
+
+    setattr(on_train_begin, _MARK, True)
+    handler_cls.on_train_begin = on_train_begin

@@ -53,14 +53,8 @@ class GradientNormCallback(ReportsFigures, TrainerCallback):
             figures["norm"] = raw_gradient_norm(kwargs["model"])
         self._window.add(figures)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any],
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
         if is_training_log(logs):
             figures = {PREFIX + name: value for name, value in self._window.take().items()}
             add_to_logs(figures, logs, state.log_history)

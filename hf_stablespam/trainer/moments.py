@@ -7,8 +7,11 @@ import torch
 # Where optimizers keep moments: torch's and transformers' Adam family and Adafactor, Muon, SGD with momentum,
 # torchao's low-bit Adam, and bitsandbytes (`state1`, `state2` and the scales of their quantised blocks).
 _MOMENTS = frozenset(
-    "exp_avg exp_avg_sq max_exp_avg_sq exp_avg_sq_row exp_avg_sq_col exp_inf row_var col_var variance "
-    "momentum_buffer state1 state2 absmax1 absmax2 max1 max2 new_max1 new_max2".split()
+    (
+        *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer"),
+        *("exp_avg_sq_row", "exp_avg_sq_col", "row_var", "col_var", "variance"),
+        *("state1", "state2", "absmax1", "absmax2", "max1", "max2", "new_max1", "new_max2"),
+    )
 )
 # Counters of bias correction, and the value that they start from (NAdam's product of momenta starts from 1).
 _COUNTERS = {"step": 0, "mu_product": 1}

@@ -98,9 +98,7 @@ def _claim(key: str, name: str, place: int | None, given: dict[tuple[str, int | 
     """Note that `key` sets the option `name` (or one place of it); an error where another key did already."""
     for (other_name, other_place), other_key in given.items():
         if other_name == name and (place is None or other_place is None or place == other_place):
-            raise ValueError(
-                f"optim_args sets {name} twice, by {other_key!r} and by {key!r}; leave one of them out"
-            )
+            raise ValueError(f"optim_args sets {name} twice, by {other_key!r} and by {key!r}; leave one of them out")
     given[name, place] = key
 
 

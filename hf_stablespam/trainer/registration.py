@@ -1,7 +1,7 @@
 """Make `optim="stable_spam"` a choice of transformers, as if it were one of its own."""
 
-from enum import Enum
 from types import ModuleType
+from typing import Any
 
 from hf_stablespam.trainer import clip_watch, factory
 from hf_stablespam.trainer.after_import import after_import
@@ -26,7 +26,7 @@ def register() -> None:
     """
     after_import("transformers.training_args", _add_optimizer_name)
     after_import("transformers.trainer", _teach_trainer)
-    after_import("transformers.trainer_callback", _order_callbacks)
+    after_import("transformers.trainer_callback", _teach_callback_handler)
     after_import("accelerate.accelerator", _watch_clipping)
 
 
@@ -40,7 +40,8 @@ def _teach_trainer(trainer: ModuleType) -> None:
     factory.wrap_trainer(trainer.Trainer, OPTIMIZER_NAME)
 
 
-def _order_callbacks(trainer_callback: ModuleType) -> None:
+def _teach_callback_handler(trainer_callback: ModuleType) -> None:
+    factory.wrap_callback_handler(trainer_callback.CallbackHandler)
     move_reporters_back(trainer_callback.CallbackHandler)
 
 
@@ -48,10 +49,10 @@ def _watch_clipping(accelerator: ModuleType) -> None:
     clip_watch.watch(accelerator.Accelerator)
 
 
-def _add_member(enum: type[Enum], value: str) -> None:
+def _add_member(enum: Any, value: str) -> None:
     """Add `value` to a string enum: argparse's choices and `--help` iterate over the enum's own tables."""
     name = value.upper()
-    member = str.__new__(enum, value)  # type: ignore[type-var]
+    member: Any = str.__new__(enum, value)
     member._name_ = name
     member._value_ = value
     member.__objclass__ = enum
