@@ -25,6 +25,7 @@ ALWAYS_SHOWN = (
     "max_grad_norm",
     "seed",
 )
+SIGNS = {"circle": "●", "triangle": "▲", "diamond": "◆"}
 NEVER_SHOWN = frozenset({"output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_model_id"})
 
 
@@ -60,6 +61,15 @@ class Panel:
     curves: list[Curve]
     log: bool = False
     marks: list[Marks] = field(default_factory=list)
+
+    @property
+    def note(self) -> str:
+        """Which line is which, from what there is: strong lines, faint lines, symbols."""
+        strong, faint = (sorted({curve.name for curve in self.curves if curve.faint is kind}) for kind in (False, True))
+        parts = [f"Strong: {' or '.join(strong)}."] if strong and (faint or len(strong) > 1) else []
+        parts += [f"Faint: {' or '.join(faint)}."] if faint else []
+        symbols = dict.fromkeys((marks.symbol, marks.name) for marks in self.marks)
+        return " ".join(parts + [f"{SIGNS[symbol]} {name}." for symbol, name in symbols])
 
 
 @dataclass(frozen=True)
