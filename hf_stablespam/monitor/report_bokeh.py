@@ -100,9 +100,8 @@ def add_curve(plot: figure, curve: Curve, labels: Sequence[str], log: bool) -> A
         line_dash=dash(curve.run),
         line_width=1.2 if curve.faint else 2,
         line_alpha=0.45 if curve.faint else 1.0,
-        name=f"{labels[curve.run]}, {curve.name}",
-        tags=["run", curve.run],
     )
+    tag(line, curve.run, curve.name, labels)
     # A line of one point is not seen.
     if len(curve.steps) == 1:
         add_marks(plot, Marks(curve.run, curve.name, curve.steps, values), labels)
@@ -111,7 +110,7 @@ def add_curve(plot: figure, curve: Curve, labels: Sequence[str], log: bool) -> A
 
 def add_marks(plot: figure, marks: Marks, labels: Sequence[str]) -> Any:
     """Symbols on a run's curve."""
-    return plot.scatter(
+    drawn = plot.scatter(
         "x",
         "y",
         source=ColumnDataSource({"x": marks.steps, "y": marks.values}),
@@ -119,9 +118,15 @@ def add_marks(plot: figure, marks: Marks, labels: Sequence[str]) -> Any:
         size=9,
         fill_color=color(marks.run),
         line_color="#808080",
-        name=f"{labels[marks.run]}, {marks.name}",
-        tags=["run", marks.run],
     )
+    return tag(drawn, marks.run, marks.name, labels)
+
+
+def tag(drawn: Any, run: int, name: str, labels: Sequence[str]) -> Any:
+    """Name a renderer for its tooltip, and mark whose it is for the page's script, which shows and hides runs."""
+    drawn.name = f"{labels[run]}, {name}"
+    drawn.tags = ["run", run]
+    return drawn
 
 
 def heat_map_figure(found: HeatMap, labels: Sequence[str], shared: Range1d) -> figure:
