@@ -1,28 +1,51 @@
 """One step of Stable-SPAM for sharded parameters (`DTensor`: FSDP2, HSDP, tensor parallel), by whole-tensor statistics.
 
-Letting each `DTensor` reduce itself costs two collectives per tensor and statistic. Here every process reduces its own
+Letting each `DTensor` reduce itself costs two collectives per tensor and statistic. Here every process measures its own
 shards, and what it found travels stacked: one maximum (AdaClip's threshold needs it first) and one sum (AdaGN needs the
-norm of the clipped gradient) serve all tensors of the step.
+norm of the clipped gradient) serve all tensors of the step. The rest is the multi-tensor path, on the shards.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_stablespam.optim.schedule import cosine_decay
-from hf_stablespam.optim.single_tensor import Options, State, update
-from hf_stablespam.optim.stabilize import clip_ratio, clip_spikes, clip_threshold, norm_factor, norm_target
+from hf_stablespam.optim.multi_tensor import clip, maxima, norms, update, working_copies
+from hf_stablespam.optim.pieces import buckets
+from hf_stablespam.optim.plan import (
+    Batch,
+    Clipping,
+    Options,
+    Plan,
+    Result,
+    Trackers,
+    plan_adam,
+    plan_clipping,
+    stack_trackers,
+    step_statistics,
+    store_trackers,
+)
 
 
-class Sharded(NamedTuple):
-    """The sharded parameters of one parameter group, with their states; empty local shards are ordinary."""
+class Shards(NamedTuple):
+    """Sharded parameters of one group, device and dtype, as this process holds them."""
 
     options: Options
-    params: list[Any]  # DTensors with a gradient
-    states: list[State]
+    params: list[Any]  # DTensors
+    local: Batch  # this process's part of each
+    old: Trackers
+
+    def buckets(self) -> Iterator[tuple[slice, Batch]]:
+        """Consecutive shards, together no larger than the largest, so that no temporary is."""
+        sizes = [grad.numel() for grad in self.local.grads]
+        for bucket in buckets(sizes, max(sizes)):
+            yield slice(bucket.start, bucket.stop), self.local.pick(bucket)
+
+    def copies(self, bucket: Batch) -> list[Tensor]:
+        """Gradients to work on. They are made anew for each sweep, rather than kept for all tensors."""
+        return working_copies(bucket.grads, self.old.clip_max.dtype, self.options)
 
 
 class _Processes(NamedTuple):
@@ -33,27 +56,27 @@ class _Processes(NamedTuple):
     tensors: list[int]
 
 
-class _Clipping(NamedTuple):
-    """What AdaClip found for the tensors of one parameter group; vectors with one entry per tensor."""
-
-    step: Tensor
-    grad_max: Tensor
-    clip_max: Tensor
-    threshold: Tensor
-    ratio: Tensor
-
-    @property
-    def scale(self) -> Tensor:
-        """By which gradients are divided before they are squared, to stay within float32's range."""
-        return torch.where(self.grad_max > 0, self.grad_max, torch.ones_like(self.grad_max))
+def set_sharded_apart(
+    batches: list[tuple[Batch, Options]],
+) -> tuple[list[tuple[Batch, Options]], list[Shards]]:
+    """Batches without what is sharded, and what is sharded."""
+    whole, sharded = [], []
+    for batch, options in batches:
+        sets: dict[Any, list[int]] = {}
+        for index, param in enumerate(batch.params):
+            key = (param.device, param.dtype) if is_sharded(param) else None
+            sets.setdefault(key, []).append(index)
+        whole.append((batch.pick(sets.pop(None)) if None in sets else Batch([], [], []), options))
+        sharded += [_shards(batch.pick(indices), options) for indices in sets.values()]
+    return whole, sharded
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a `DTensor` (without importing them where nobody shards)."""
+    """Whether a tensor is a `DTensor` (told without the import, which costs a second where nobody shards)."""
     return hasattr(tensor, "device_mesh")
 
 
-def sharded_step(batches: Sequence[Sharded]) -> dict[Tensor, dict[str, Tensor]]:
+def sharded_step(parts: list[Shards]) -> list[Result]:
     """Update all sharded parameters of a step, and their states, in place.
 
     Costs one ``MAX`` and one ``SUM`` all-reduce for each process group over which any of the tensors is sharded: two
@@ -61,51 +84,41 @@ def sharded_step(batches: Sequence[Sharded]) -> dict[Tensor, dict[str, Tensor]]:
     parameters.
 
     Args:
-        batches: the sharded parameters that have a gradient, by parameter group.
+        parts: the sharded parameters that have a gradient, from `set_sharded_apart`.
 
     Returns:
-        For each parameter the statistics of the whole tensor, as `stable_spam_step` returns them.
+        The statistics of the whole tensors.
 
     Raises:
         ValueError: for a parameter that holds a partial sum.
     """
-    params = [param for batch in batches for param in batch.params]
-    if not params:
-        return {}
-    processes = _processes(params)
-    grads = _split([_local_gradient(*row) for batch in batches for row in _rows(batch)], batches)
-
-    maxima = _all_reduce([_local_maxima(grad) for part in grads for grad in part], processes, dist.ReduceOp.MAX)
-    clippings = [_clipping(*row) for row in zip(batches, _split(maxima, batches), strict=True)]
-    sums = [_local_sums(*row) for row in zip(grads, clippings, strict=True)]
-    sums = _split(_all_reduce([row for part in sums for row in part], processes, dist.ReduceOp.SUM), batches)
-
-    statistics: dict[Tensor, dict[str, Tensor]] = {}
-    for row in zip(batches, grads, clippings, sums, strict=True):
-        statistics |= _apply(*row)
-    return statistics
+    processes = _processes([param for part in parts for param in part.params])
+    largest = _all_reduce([_local_maxima(part) for part in parts], processes, dist.ReduceOp.MAX)
+    clippings = []
+    for part, (grad_max, has_nan) in zip(parts, largest, strict=True):
+        grad_max = grad_max.masked_fill(has_nan > 0, torch.nan)
+        clippings.append((grad_max, plan_clipping(part.old, grad_max, part.options)))
+    sums = [_local_sums(part, *clipping) for part, clipping in zip(parts, clippings, strict=True)]
+    sums = _all_reduce(sums, processes, dist.ReduceOp.SUM)
+    return [_apply(part, *clipping, *rows) for part, clipping, rows in zip(parts, clippings, sums, strict=True)]
 
 
-def _rows(batch: Sharded) -> Iterable[tuple[Any, State, Options]]:
-    return ((param, state, batch.options) for param, state in zip(batch.params, batch.states, strict=True))
+def _shards(batch: Batch, options: Options) -> Shards:
+    """This process's part of each tensor; an empty one becomes a zero, as multi-tensor operations refuse empty ones."""
+
+    def local(tensor: Any) -> Tensor:
+        part = tensor.to_local() if is_sharded(tensor) else tensor
+        return part if part.numel() > 0 else part.new_zeros(1)
+
+    grads = [_like(grad, param) for param, grad in zip(batch.params, batch.grads, strict=True)]
+    states = [{name: local(value) for name, value in state.items()} for state in batch.states]
+    shards = Batch([local(param) for param in batch.params], [local(grad) for grad in grads], states)
+    return Shards(options, batch.params, shards, stack_trackers(batch.states))
 
 
-def _split(values: list[Any], batches: Sequence[Sharded]) -> list[list[Any]]:
-    """A list with one entry per tensor, cut into one list per batch."""
-    rest = iter(values)
-    return [[next(rest) for _ in batch.params] for batch in batches]
-
-
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if is_sharded(tensor) else tensor
-
-
-def _local_gradient(param: Any, state: State, options: Options) -> Tensor:
-    grad = param.grad
-    if grad.placements != param.placements:  # a replicated weight under tensor parallelism may get partial sums
-        grad = grad.redistribute(param.device_mesh, param.placements)
-    grad = grad.to_local().to(state["clip_max"].dtype)
-    return -grad if options["maximize"] else grad
+def _like(grad: Any, param: Any) -> Any:
+    """The gradient laid out as the parameter: a replicated weight may get partial sums under tensor parallelism."""
+    return grad if grad.placements == param.placements else grad.redistribute(param.device_mesh, param.placements)
 
 
 def _processes(params: list[Any]) -> list[_Processes]:
@@ -126,89 +139,57 @@ def _processes(params: list[Any]) -> list[_Processes]:
     return list(found.values())
 
 
-def _all_reduce(columns: list[Tensor], processes: list[_Processes], op: Any) -> list[Tensor]:
-    """Reduce one small vector per tensor over the processes that share the tensor."""
+def _all_reduce(rows: list[Tensor], processes: list[_Processes], op: Any) -> list[Tensor]:
+    """Reduce the columns of matrices, one column per tensor, each over the processes that share its tensor."""
+    columns = [column for matrix in rows for column in matrix.unbind(1)]
     for group, device, tensors in processes:
-        together = torch.stack([columns[index] for index in tensors], dim=1).to(device)
+        together = torch.stack([columns[index].to(device) for index in tensors], dim=1)
         dist.all_reduce(together, op, group=group)
         for index, column in zip(tensors, together.unbind(1), strict=True):
             columns[index] = column.to(columns[index])
-    return columns
+    rest = iter(columns)
+    return [torch.stack([next(rest) for _ in range(matrix.shape[1])], dim=1) for matrix in rows]
 
 
-def _local_maxima(grad: Tensor) -> Tensor:
-    """``[max|g|, whether g has a nan]`` of a shard: the backends' ``MAX`` may lose a ``nan``."""
-    if grad.numel() == 0:
-        return grad.new_zeros(2)
-    largest = grad.abs().amax()
+def _local_maxima(part: Shards) -> Tensor:
+    """``max|g|`` and whether there is a ``nan``, which the backends' ``MAX`` may lose; (2, tensors)."""
+    largest = torch.cat([maxima(part.copies(bucket)) for _, bucket in part.buckets()])
     is_nan = largest.isnan()
     return torch.stack([largest.masked_fill(is_nan, 0), is_nan.to(largest)])
 
 
-def _clipping(batch: Sharded, maxima: list[Tensor]) -> _Clipping:
-    largest, has_nan = torch.stack(maxima, dim=1)
-    grad_max = largest.masked_fill(has_nan > 0, torch.nan)
-    step = torch.stack([state["step"] for state in batch.states]).to(grad_max) + 1
-    clip_max = torch.stack([state["clip_max"] for state in batch.states])
-    threshold = torch.full_like(grad_max, torch.inf)
-    if batch.options["clip_beta"] is not None:
-        clip_max, threshold = clip_threshold(clip_max, grad_max, step, clip_beta=batch.options["clip_beta"])
-    return _Clipping(step, grad_max, clip_max, threshold, clip_ratio(grad_max, threshold))
+def _local_sums(part: Shards, grad_max: Tensor, clipping: Clipping) -> Tensor:
+    """``Σ(g/gmax)²`` before and after clipping, and the number of clipped entries; (3, tensors)."""
+    columns = []
+    for where, bucket in part.buckets():
+        work, largest = part.copies(bucket), grad_max[where]
+        grad_norm = norms(work, largest)
+        _, clipped, norm = clip(work, largest, grad_norm, _some(clipping, where), part.options)
+        scale = _scale(largest)
+        columns.append(torch.stack([(grad_norm / scale).square(), (norm / scale).square(), clipped.to(norm)]))
+    return torch.cat(columns, dim=1)
 
 
-def _local_sums(grads: list[Tensor], clipping: _Clipping) -> list[Tensor]:
-    """``[Σ(g/scale)², Σ(clipped g/scale)², number of clipped entries]`` of each shard."""
-    rows = zip(grads, clipping.threshold, clipping.ratio, clipping.scale, strict=True)
-    return [_shard_sums(*row) for row in rows]
-
-
-def _shard_sums(grad: Tensor, threshold: Tensor, ratio: Tensor, scale: Tensor) -> Tensor:
-    clipped, number = clip_spikes(grad, threshold, ratio)
-    norms = [torch.linalg.vector_norm(part / scale) for part in (grad, clipped)]
-    return torch.stack([norms[0].square(), norms[1].square(), number.to(scale)])
+def _scale(grad_max: Tensor) -> Tensor:
+    """By what gradients are divided before they are squared, to stay within float32's range."""
+    return torch.where(grad_max > 0, grad_max, 1)
 
 
 def _apply(
-    batch: Sharded, grads: list[Tensor], clipping: _Clipping, sums: list[Tensor]
-) -> dict[Tensor, dict[str, Tensor]]:
-    """AdaGN and Adam on the shards: the clipped gradient is made again, rather than kept for every tensor."""
-    grad_squares, clipped_squares, number = torch.stack(sums, dim=1)
-    grad_norm, norm = clipping.scale * grad_squares.sqrt(), clipping.scale * clipped_squares.sqrt()
-    trackers, factor = _normalizing(batch, clipping, norm)
-    columns = {
-        "grad_norm": grad_norm,
-        "grad_max": clipping.grad_max,
-        "clip_threshold": clipping.threshold,
-        "clipped": number,
-        "norm_factor": factor,
-        "stable_norm": norm * factor,
-        "nonfinite": (~grad_norm.square().isfinite()).to(norm),
-        "reset": torch.zeros_like(norm),
-    }
-    statistics = {}
-    for index, (param, state, options) in enumerate(_rows(batch)):
-        grad, _ = clip_spikes(grads[index], clipping.threshold[index], clipping.ratio[index])
-        row = statistics[param] = {name: column[index] for name, column in columns.items()}
-        new = {"step": state["step"] + 1} | {name: column[index] for name, column in trackers.items()}
-        shards = {name: _local(value) for name, value in state.items()}
-        update(_local(param), grad * factor[index], new, shards, options, row)
-    return statistics
+    part: Shards, grad_max: Tensor, clipping: Clipping, squares: Tensor, clipped_squares: Tensor, clipped: Tensor
+) -> Result:
+    """AdaGN and Adam on the shards, by what is now known of the whole tensors."""
+    grad_norm, norm = (_scale(grad_max) * total.sqrt() for total in (squares, clipped_squares))
+    plan = plan_adam(part.old, clipping, grad_norm, norm, part.options)
+    store_trackers(part.local.states, plan.trackers)
+    for where, bucket in part.buckets():
+        work, _, _ = clip(part.copies(bucket), grad_max[where], norm[where], _some(clipping, where), part.options)
+        update(bucket, work, _some(plan, where), part.options)
+    return Result(part.params, step_statistics(grad_norm, grad_max, clipping, clipped, norm, plan))
 
 
-def _normalizing(batch: Sharded, clipping: _Clipping, norm: Tensor) -> tuple[State, Tensor]:
-    """AdaGN's factor, and the trackers of AdaClip and AdaGN that this step changes."""
-    options, trackers = batch.options, {}
-    if options["clip_beta"] is not None:
-        trackers["clip_max"] = clipping.clip_max
-    if options["norm_betas"] is None:
-        return trackers, torch.ones_like(norm)
-    trackers["norm_mean"], trackers["norm_sq"], target = norm_target(
-        torch.stack([state["norm_mean"] for state in batch.states]),
-        torch.stack([state["norm_sq"] for state in batch.states]),
-        norm,
-        clipping.step,
-        norm_betas=options["norm_betas"],
-        decay=cosine_decay(clipping.step, options["decay_steps"], options["decay_floor"]),
-        eps=options["eps"],
-    )
-    return trackers, norm_factor(target, norm)
+def _some(plan: Any, where: slice) -> Any:
+    """The entries of some tensors from a named tuple of vectors."""
+    if isinstance(plan, (Clipping, Plan, Trackers)):
+        return type(plan)(*(_some(column, where) for column in plan))
+    return plan[where]

@@ -16,7 +16,7 @@ STEPS = 20
 COUNTED = (1, 7)  # counting collectives makes a step ten times slower
 # Over two or four processes: even, uneven, and empty on some; the last has no dimension to shard.
 SHAPES = [(8, 6), (7, 5), (3, 4), (1, 9), (5,), (2, 2, 3), ()]
-OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "reset_interval": 6, "decay_steps": 15}
+OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "reset_interval": 6, "decay_steps": 15, "foreach": True}
 BOTH = (Replicate(), Shard(0))
 MESHES = {  # name → shape of the mesh, placements of each tensor in turn
     "fsdp": ((4,), [(Shard(0),)]),

@@ -28,7 +28,8 @@ class Stop(TrainerCallback):
         self.step = step
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
+        if state.global_step == self.step:
+            control.should_training_stop = True
 
 
 class Spike(TrainerCallback):
