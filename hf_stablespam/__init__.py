@@ -12,7 +12,12 @@ from hf_stablespam.trainer.registration import register
 if TYPE_CHECKING:
     from hf_stablespam.optim import StableSPAM
     from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, restore_linear
-    from hf_stablespam.trainer import FourBitCallback, GradientNormCallback, MomentumResetCallback
+    from hf_stablespam.trainer import (
+        FourBitCallback,
+        GradientNormCallback,
+        MomentumResetCallback,
+        last_complete_checkpoint,
+    )
 
 __version__ = "0.1.0"
 
@@ -24,6 +29,7 @@ __all__ = [
     "MomentumResetCallback",
     "StableSPAM",
     "convert_to_4bit",
+    "last_complete_checkpoint",
     "register",
     "restore_linear",
 ]
@@ -38,6 +44,7 @@ __getattr__, __dir__ = lazy_attributes(
         "MomentumResetCallback": "hf_stablespam.trainer",
         "StableSPAM": "hf_stablespam.optim",
         "convert_to_4bit": "hf_stablespam.quant",
+        "last_complete_checkpoint": "hf_stablespam.trainer",
         "restore_linear": "hf_stablespam.quant",
     },
 )
