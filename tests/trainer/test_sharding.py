@@ -17,7 +17,9 @@ def args(tmp_path):
 
 
 def with_deepspeed(args, config):
-    args.hf_deepspeed_config = HfDeepSpeedConfig(config)  # what transformers derives its own from, and needs the package for
+    args.hf_deepspeed_config = HfDeepSpeedConfig(
+        config
+    )  # what transformers derives its own from, and needs the package for
     return args
 
 
