@@ -1,5 +1,6 @@
 """Five thousand steps: memory does not grow, files are closed, steps do not become slower."""
 
+from itertools import pairwise
 from statistics import median
 
 import pytest
@@ -15,7 +16,7 @@ def test_five_thousand_steps(tmp_path):
     rows = [row for row in measured(tmp_path, STEPS) if row["step"] >= SETTLED]
     seconds = [
         (after["cpu_seconds"] - before["cpu_seconds"]) / MEASURE_EVERY
-        for before, after in zip(rows, rows[1:], strict=False)
+        for before, after in pairwise(rows)
     ]
     quarter = len(seconds) // 4
     early, late = median(seconds[:quarter]), median(seconds[-quarter:])
