@@ -47,13 +47,13 @@ def clip_ratio(grad_max: Tensor, threshold: Tensor) -> Tensor:
     return torch.where(grad_max > threshold, threshold / grad_max, torch.ones_like(grad_max))
 
 
-def clip_spikes(grad: Tensor, threshold: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+def clip_spikes(grad: Tensor, threshold: Tensor | float, ratio: Tensor | float) -> tuple[Tensor, Tensor]:
     """AdaClip: scale (not clamp) the entries above the threshold: ``g_i ← g_i·T̂/gmax`` where ``|g_i| > T̂``.
 
     Args:
         grad: ``g``, any shape.
-        threshold: ``T̂``, 0-dimensional.
-        ratio: ``T̂/gmax``, 0-dimensional, from `clip_ratio`.
+        threshold: ``T̂``, a number or 0-dimensional.
+        ratio: ``T̂/gmax`` from `clip_ratio`, a number or 0-dimensional.
 
     Returns:
         The clipped gradient (a new tensor), and the number of clipped entries.
@@ -93,12 +93,14 @@ def norm_target(
     norm_sq = gamma2 * norm_sq + (1 - gamma2) * norm.square()
     mean_hat = norm_mean / bias_correction(gamma1, step)
     root_hat = (norm_sq / bias_correction(gamma2, step)).sqrt()
-    return norm_mean, norm_sq, mean_hat / (root_hat + eps)
+    floor = torch.finfo(norm.dtype).tiny  # v of a tiny gradient underflows to 0, and eps may be 0
+    return norm_mean, norm_sq, mean_hat / (root_hat + eps).clamp(min=floor)
 
 
 def norm_factor(target: Tensor, norm: Tensor) -> Tensor:
     """``c/n``, the one factor by which AdaGN multiplies a gradient; 0 for a gradient of zeros (no division)."""
-    return torch.where(norm > 0, target / norm, torch.zeros_like(norm))
+    factor = (target / norm).clamp(max=torch.finfo(norm.dtype).max)  # a denormal norm divides to inf
+    return torch.where(norm > 0, factor, torch.zeros_like(norm))
 
 
 def safe_norm(grad: Tensor, grad_max: Tensor) -> Tensor:
