@@ -120,12 +120,13 @@ def _norms(pieces: list[Piece], squares: list[float], tensors: int, dtype: torch
 def _rows_with_spikes(piece: Piece, threshold: float, low: float, high: float, dtype: torch.dtype) -> Tensor:
     """Which blocks have an entry above the threshold; only the sides that have one are searched."""
     blocks = as_blocks(piece.grad)
-    spiked = torch.zeros(len(blocks), dtype=torch.bool)
-    if high > threshold:
-        spiked |= blocks.amax(1).to(dtype) > threshold
-    if low < -threshold:
-        spiked |= blocks.amin(1).to(dtype) < -threshold
-    return spiked.nonzero().flatten()
+    if low >= -threshold:
+        spiked = blocks.amax(1).to(dtype) > threshold
+    elif high <= threshold:
+        spiked = blocks.amin(1).to(dtype) < -threshold
+    else:
+        spiked = torch.maximum(blocks.amax(1), -blocks.amin(1)).to(dtype) > threshold
+    return spiked.nonzero().view(-1)
 
 
 def _squares_after(piece: Piece, square: float, old: Tensor, new: Tensor, rows: Tensor, scratch: Scratch) -> float:

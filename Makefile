@@ -1,0 +1,51 @@
+# Each target makes its own virtual environment in $(VENV), with the exact versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help demo demo-short test lint types unit clean
+
+help:
+	@echo "make demo        three short pretrainings on the CPU: full precision, 4 bits, 4 bits with Stable-SPAM"
+	@echo "make demo-short  the same in under a minute, to see that it runs"
+	@echo "make test        lint, types and all tests"
+	@echo "make clean       remove the virtual environment, caches and demo output"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python >= 3.10 is needed, got $$($(PYTHON) --version); say which with make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(BIN)/python setup.cfg constraints.txt
+	$(PIP) install --quiet -c constraints.txt -e '.[plot]'
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python setup.cfg constraints.txt
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py --output_dir demo $(DEMO_ARGS)
+
+demo-short: $(VENV)/.demo
+	$(BIN)/python examples/demo.py --output_dir demo --smoke $(DEMO_ARGS)
+
+test: lint types unit
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+# One thread per worker: two workers share two cores.
+unit: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info demo
