@@ -70,7 +70,7 @@ def command_line(run: Run, output: Path, steps: int, seed: int) -> list[str]:
         "--seed": seed,
         "--gradient_norms_by": "block",
         "--eval_strategy": "steps",
-        "--eval_steps": max(1, steps // EVALUATIONS),
+        "--eval_steps": max(2, steps // EVALUATIONS),
         "--max_eval_samples": 64,
         "--per_device_eval_batch_size": 32,
         "--logging_steps": max(1, steps // 50),
