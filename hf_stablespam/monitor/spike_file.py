@@ -25,7 +25,7 @@ class Spike:
         tensor: name of the parameter, as in `named_parameters`.
         magnitude: largest entry of its gradient, before the Trainer's own clipping; None where it was not finite.
         threshold: AdaClip's threshold of that step, above which entries were scaled down; with an optimizer that does
-            not clip, the magnitude above which the recorder sees a spike.
+            not clip, the magnitude above which the recorder sees a spike; None where neither is known yet.
         score: the magnitude in multiples of what is usual for the tensor; None where it was not finite.
         loss: training loss of that step, None where it is not known or not finite.
         learning_rate: learning rate of the tensor in that step.

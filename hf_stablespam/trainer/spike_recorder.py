@@ -39,7 +39,8 @@ class SpikeRecorder(TrainerCallback):
     Spikes wait on the device until the Trainer logs, saves or ends, and then are read in one transfer: a crash loses
     those since the last log. One process writes; losses are means over all processes, and data indices are those of all
     processes. The file never holds more than `keep` lines. A run that resumes from a checkpoint goes on with the file,
-    without what came after the checkpoint; another run in the same folder begins it anew.
+    without what came after the checkpoint, and learns what is usual anew; another run in the same folder begins a new
+    file.
 
     Making one wraps `Accelerator.clip_grad_norm_` and `Accelerator.backward`, where the norm before clipping and
     the loss of a step are; while it trains the batch sampler leaves a copy of the indices that it yields.
@@ -188,7 +189,7 @@ class SpikeRecorder(TrainerCallback):
             step=step.step,
             tensor=self._watched.names[place],
             magnitude=None if nonfinite else magnitude,
-            threshold=threshold,
+            threshold=threshold or None,
             score=None if nonfinite else score,
             loss=loss,
             learning_rate=float(step.learning_rates[place]) if step.learning_rates else None,
