@@ -51,9 +51,7 @@ class GradientNormCallback(ReportsFigures, TrainerCallback):
         ValueError: an argument that is none of these.
 
     Example:
-        >>> from transformers import Trainer
-        >>> callback = GradientNormCallback(by="block")
-        >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[callback])  # doctest: +SKIP
+        >>> callbacks = [GradientNormCallback(by="block")]  # for Trainer(..., callbacks=callbacks)
     """
 
     def __init__(

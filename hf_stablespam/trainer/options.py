@@ -29,6 +29,12 @@ def _switch(text: str) -> bool:
     return {"true": True, "false": False}[text.lower()]
 
 
+def _float_dtype(text: str) -> object:
+    import torch  # here, because registering must not import it
+
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[text.lower()]
+
+
 OPTIONS: Mapping[str, _Option] = {
     "clip_beta": _Option(_or_none(float), "a number or none"),
     "norm_betas": _Option(_or_none(_pair), "two numbers joined by a colon, such as 0.7:0.9, or none"),
@@ -38,6 +44,8 @@ OPTIONS: Mapping[str, _Option] = {
     "maximize": _Option(_switch, "true or false"),
     "foreach": _Option(_or_none(_switch), "true, false or none"),
     "fused": _Option(_or_none(_switch), "true, false or none"),
+    "state_dtype": _Option(_or_none(_float_dtype), "float32, bfloat16, float16 or none"),
+    "stochastic_rounding": _Option(_switch, "true or false"),
 }
 
 # The names of the paper and of the official code → our option, and the place in it where it is a pair.

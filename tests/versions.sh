@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The Trainer's tests under each supported transformers, each in a virtual environment of its own; under the newest
+# also what is too large for `make test`. Usage: tests/versions.sh [FOLDER for the environments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+folder=${1:-.venv-versions}
+python=${PYTHON:-python3}
+mkdir -p "$folder"
+
+# NAME CONSTRAINTS PACKAGE...
+run() {
+    local name=$1 constraints=$2 env=$folder/$1
+    shift 2
+    [ -x "$env/bin/python" ] || "$python" -m venv "$env"
+    "$env/bin/python" -m pip --disable-pip-version-check install --quiet -c "$constraints" \
+        -e '.[lowbit]' pytest tensorboard "$@"
+    echo "== $name"
+    OMP_NUM_THREADS=1 PATH="$(realpath "$env")/bin:$PATH" "$env/bin/python" -m pytest tests/trainer tests/monitor
+}
+
+# An older transformers brings its own company: of our pins only those hold that it does not care about.
+grep -E '^(torch|torchao|accelerate|tensorboard)==' constraints.txt >"$folder/constraints.txt"
+run oldest "$folder/constraints.txt" transformers==4.57.6
+run first-5 "$folder/constraints.txt" transformers==5.0.0
+run newest constraints.txt transformers trl optuna bitsandbytes
