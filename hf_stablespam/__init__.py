@@ -12,7 +12,7 @@ from hf_stablespam.trainer.registration import register
 if TYPE_CHECKING:
     from hf_stablespam.optim import StableSPAM
     from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, restore_linear
-    from hf_stablespam.trainer import FourBitCallback, GradientNormCallback, MomentumResetCallback
+    from hf_stablespam.trainer import FourBitCallback, GradientNormCallback, MomentumResetCallback, SpikeRecorder
 
 __version__ = "0.1.0"
 
@@ -22,6 +22,7 @@ __all__ = [
     "FourBitLinear",
     "GradientNormCallback",
     "MomentumResetCallback",
+    "SpikeRecorder",
     "StableSPAM",
     "convert_to_4bit",
     "register",
@@ -36,6 +37,7 @@ __getattr__, __dir__ = lazy_attributes(
         "FourBitLinear": "hf_stablespam.quant",
         "GradientNormCallback": "hf_stablespam.trainer",
         "MomentumResetCallback": "hf_stablespam.trainer",
+        "SpikeRecorder": "hf_stablespam.trainer",
         "StableSPAM": "hf_stablespam.optim",
         "convert_to_4bit": "hf_stablespam.quant",
         "restore_linear": "hf_stablespam.quant",
