@@ -8,7 +8,7 @@ from torch import Tensor
 from hf_stablespam.optim.fused_cpu import fused_cpu_step
 from hf_stablespam.optim.multi_tensor import foreach_step
 from hf_stablespam.optim.pieces import share_layout
-from hf_stablespam.optim.plain_adamw import is_plain_adamw, plain_adamw_step
+from hf_stablespam.optim.plain_adamw import is_plain_adamw, plain_adamw_step, unscale
 from hf_stablespam.optim.plan import Batch, Options, Result, State
 from hf_stablespam.optim.single_tensor import stabilized, stable_spam_step
 
@@ -74,7 +74,10 @@ def plain_step(batch: Batch, options: Options) -> dict[str, Tensor]:
     rows = [stabilized(grad, state, options)[-1] for _, grad, state in zip(*batch, strict=True)]
     finite = [index for index, row in enumerate(rows) if not row["nonfinite"]]
     if finite:
-        plain_adamw_step(batch.pick(finite), options)
+        chosen = batch.pick(finite)
+        for state in chosen.states:
+            unscale(state)
+        plain_adamw_step(chosen, options)
     return _stacked(rows)
 
 

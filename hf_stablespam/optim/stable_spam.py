@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from hf_stablespam.optim.adoption import MOMENTS, adopted, fresh_state
+from hf_stablespam.optim.adoption import MOMENTS, SCALES, adopted, fresh_state
 from hf_stablespam.optim.dispatch import step_group
 from hf_stablespam.optim.options import AUTO, check_group_names, check_stable_spam
 from hf_stablespam.optim.plan import Batch, Result
@@ -189,6 +189,9 @@ class StableSPAM(Optimizer):
             for name in (*MOMENTS, "moment_step"):
                 if name in state:
                     state[name].zero_()
+            for name in SCALES:
+                if name in state:
+                    state[name].fill_(1)
 
     @property
     def statistics(self) -> dict[str, Tensor]:
