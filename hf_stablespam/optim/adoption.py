@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_stablespam.optim.plain_adamw import is_plain_adamw
+
 logger = logging.getLogger(__name__)
 
 COUNTERS = ("step", "moment_step", "adopted_at")
@@ -23,14 +25,21 @@ _ADAMW_NAMES = {"step", *MOMENTS}
 _ADAMW_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize", "initial_lr", "params", "param_names")
 
 
-def fresh_state(param: Tensor, state_dtype: torch.dtype | None) -> dict[str, Tensor]:
+def fresh_state(param: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
     """Zeros (ones for scales): counters in float32 as torch keeps them, trackers in float32 or better."""
     precise = torch.promote_types(param.dtype, torch.float32)
     state = {name: torch.zeros((), dtype=torch.float32, device=param.device) for name in COUNTERS}
     state |= {name: torch.zeros((), dtype=precise, device=param.device) for name in TRACKERS}
     state |= {name: torch.ones((), dtype=precise, device=param.device) for name in SCALES}
-    dtype, layout = state_dtype or param.dtype, torch.preserve_format
+    dtype, layout = _moment_dtype(param, options), torch.preserve_format
     return state | {name: torch.zeros_like(param, dtype=dtype, memory_format=layout) for name in MOMENTS}
+
+
+def _moment_dtype(param: Tensor, options: dict[str, Any]) -> torch.dtype:
+    """The option's, or else the parameter's; but V of float16 would underflow to 0 and M/√V explode."""
+    if options["state_dtype"] is None and param.dtype == torch.float16 and not is_plain_adamw(options):
+        return torch.float32
+    return options["state_dtype"] or param.dtype
 
 
 def adopted(state_dict: dict[str, Any], own_groups: list[dict[str, Any]]) -> dict[str, Any]:
