@@ -14,10 +14,7 @@ STEPS, SETTLED = 5000, 500
 @pytest.mark.long
 def test_five_thousand_steps(tmp_path):
     rows = [row for row in measured(tmp_path, STEPS) if row["step"] >= SETTLED]
-    seconds = [
-        (after["cpu_seconds"] - before["cpu_seconds"]) / MEASURE_EVERY
-        for before, after in pairwise(rows)
-    ]
+    seconds = [(after["cpu_seconds"] - before["cpu_seconds"]) / MEASURE_EVERY for before, after in pairwise(rows)]
     quarter = len(seconds) // 4
     early, late = median(seconds[:quarter]), median(seconds[-quarter:])
     result = {
