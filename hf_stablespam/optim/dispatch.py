@@ -40,7 +40,7 @@ def choose_path(param: Tensor, grad: Tensor, state: State, options: Options) -> 
     """The path for one tensor, from the options ``fused`` and ``foreach``, its device, its dtype and its layout."""
     if torch.compiler.is_compiling():
         return loop_step
-    if param.is_cpu and is_plain_adamw(options):
+    if param.is_cpu and is_plain_adamw(options) and param.dtype != torch.float16:  # where its eps is 0 and V underflows
         return plain_step
     fused, foreach = options["fused"], options["foreach"]
     if fused and not param.is_cpu:
