@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_stablespam.optim.plain_adamw import is_plain_adamw
-
 logger = logging.getLogger(__name__)
 
 COUNTERS = ("step", "moment_step", "adopted_at")
@@ -36,8 +34,13 @@ def fresh_state(param: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _moment_dtype(param: Tensor, options: dict[str, Any]) -> torch.dtype:
-    """The option's, or else the parameter's; but V of float16 would underflow to 0 and M/√V explode."""
-    if options["state_dtype"] is None and param.dtype == torch.float16 and not is_plain_adamw(options):
+    """The option's, or else the parameter's; but V of float16 would underflow to 0 and M/√V explode.
+
+    A float64 parameter keeps float64 moments: its gradients may be such that float32 cannot hold their squares.
+    """
+    if param.dtype == torch.float64:
+        return torch.float64
+    if options["state_dtype"] is None and param.dtype == torch.float16:
         return torch.float32
     return options["state_dtype"] or param.dtype
 

@@ -40,7 +40,7 @@ def choose_path(param: Tensor, grad: Tensor, state: State, options: Options) -> 
     """The path for one tensor, from the options ``fused`` and ``foreach``, its device, its dtype and its layout."""
     if torch.compiler.is_compiling():
         return loop_step
-    if param.is_cpu and is_plain_adamw(options):
+    if param.is_cpu and is_plain_adamw(options) and _fits_plain_adamw(param, grad, state, options):
         return plain_step
     fused, foreach = options["fused"], options["foreach"]
     if fused and not param.is_cpu:
@@ -53,6 +53,12 @@ def choose_path(param: Tensor, grad: Tensor, state: State, options: Options) -> 
     if foreach or (foreach is None and param.is_cuda):
         return foreach_step
     return loop_step
+
+
+def _fits_plain_adamw(param: Tensor, grad: Tensor, state: State, options: Options) -> bool:
+    """PyTorch's AdamW underflows in float16, and forced to be fused on the CPU it reads past the gaps of a tensor."""
+    gapless = not options["fused"] or share_layout([param, grad, state["exp_avg"], state["exp_avg_sq"]])
+    return param.dtype != torch.float16 and gapless
 
 
 def _fits_fused_cpu(tensors: list[Tensor]) -> bool:

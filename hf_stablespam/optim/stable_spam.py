@@ -65,8 +65,8 @@ class StableSPAM(Optimizer):
         fused: force or forbid the fused path. Default ``None``: choose the fastest that fits device, dtype and layout:
             fused on the CPU, foreach on CUDA, one tensor after the other for everything else.
         state_dtype: dtype of ``M`` and ``V``, such as ``torch.float32`` for bfloat16 parameters. Default ``None``: the
-            parameter's, but float32 for float16, whose range is too small for ``V``. Trackers are in float32 (float64
-            for float64 parameters) whatever it is.
+            parameter's, but float32 for float16, whose range is too small for ``V``. Trackers are in float32 whatever
+            it is. For float64 parameters everything is in float64.
         stochastic_rounding: round new bfloat16 weights up or down at random, so that on average updates smaller than
             the distance between two bfloat16 numbers arrive (torch's generator; needs no float32 copy of the
             weights). Default ``False``: to nearest. Other dtypes are always rounded to nearest.
