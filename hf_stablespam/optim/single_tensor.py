@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_stablespam.optim.schedule import cosine_decay
-from hf_stablespam.optim.stabilize import (
+from hf_stablespam.optim.formulas import (
     bias_correction,
     clip_ratio,
     clip_spikes,

@@ -1,4 +1,4 @@
-"""The Stable-SPAM optimizer: options, state, dispatch. The mathematics is in `stabilize` and its neighbours."""
+"""The Stable-SPAM optimizer: options, state, dispatch. The mathematics is in `formulas` and its neighbours."""
 
 from collections.abc import Callable, Iterable
 from itertools import chain
