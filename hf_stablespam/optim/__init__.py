@@ -1,5 +1,6 @@
 """Optimizers: torch only."""
 
+from hf_stablespam.optim.stabilizer import stabilize
 from hf_stablespam.optim.stable_spam import StableSPAM
 
-__all__ = ["StableSPAM"]
+__all__ = ["StableSPAM", "stabilize"]

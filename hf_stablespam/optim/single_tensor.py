@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_stablespam.optim.schedule import cosine_decay
 from hf_stablespam.optim.formulas import (
     bias_correction,
     clip_ratio,
@@ -18,6 +17,7 @@ from hf_stablespam.optim.formulas import (
     norm_target,
     safe_norm,
 )
+from hf_stablespam.optim.schedule import cosine_decay
 
 State = dict[str, Tensor]
 Options = dict[str, Any]
