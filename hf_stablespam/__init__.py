@@ -1,3 +1,45 @@
-"""Train any Hugging Face model stably in 4 bits: Stable-SPAM and 4-bit linear layers for the Trainer."""
+"""Train any Hugging Face model stably in 4 bits: Stable-SPAM and 4-bit linear layers for the Trainer.
+
+Importing this package makes `optim="stable_spam"` known to `transformers.TrainingArguments`. It imports neither
+torch nor transformers by itself: the public names below are loaded when they are first used.
+"""
+
+from typing import TYPE_CHECKING
+
+from hf_stablespam._names import lazy_attributes
+from hf_stablespam.trainer.registration import register
+
+if TYPE_CHECKING:
+    from hf_stablespam.optim import StableSPAM
+    from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, restore_linear
+    from hf_stablespam.trainer import FourBitCallback, GradientNormCallback, MomentumResetCallback
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "FourBitCallback",
+    "FourBitConfig",
+    "FourBitLinear",
+    "GradientNormCallback",
+    "MomentumResetCallback",
+    "StableSPAM",
+    "convert_to_4bit",
+    "register",
+    "restore_linear",
+]
+
+__getattr__, __dir__ = lazy_attributes(
+    __name__,
+    {
+        "FourBitCallback": "hf_stablespam.trainer",
+        "FourBitConfig": "hf_stablespam.quant",
+        "FourBitLinear": "hf_stablespam.quant",
+        "GradientNormCallback": "hf_stablespam.trainer",
+        "MomentumResetCallback": "hf_stablespam.trainer",
+        "StableSPAM": "hf_stablespam.optim",
+        "convert_to_4bit": "hf_stablespam.quant",
+        "restore_linear": "hf_stablespam.quant",
+    },
+)
+
+register()

@@ -1,0 +1,7 @@
+"""4-bit linear layers: formats, quantizers, the layer, and conversion of models."""
+
+from hf_stablespam.quant.config import FourBitConfig
+from hf_stablespam.quant.convert import convert_to_4bit, restore_linear
+from hf_stablespam.quant.linear import FourBitLinear
+
+__all__ = ["FourBitConfig", "FourBitLinear", "convert_to_4bit", "restore_linear"]

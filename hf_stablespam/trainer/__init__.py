@@ -1,0 +1,23 @@
+"""The Trainer's side: `optim="stable_spam"` and the callbacks. The only folder that imports transformers."""
+
+from typing import TYPE_CHECKING
+
+from hf_stablespam._names import lazy_attributes
+from hf_stablespam.trainer.registration import register
+
+if TYPE_CHECKING:
+    from hf_stablespam.trainer.four_bit import FourBitCallback
+    from hf_stablespam.trainer.gradient_norm import GradientNormCallback
+    from hf_stablespam.trainer.momentum_reset import MomentumResetCallback
+
+__all__ = ["FourBitCallback", "GradientNormCallback", "MomentumResetCallback", "register"]
+
+# Lazily, because registering must not import transformers: a script under the launcher may never need it.
+__getattr__, __dir__ = lazy_attributes(
+    __name__,
+    {
+        "FourBitCallback": "hf_stablespam.trainer.four_bit",
+        "GradientNormCallback": "hf_stablespam.trainer.gradient_norm",
+        "MomentumResetCallback": "hf_stablespam.trainer.momentum_reset",
+    },
+)

@@ -1,0 +1,32 @@
+"""Public names that are imported when first used, and errors that name the nearest known name."""
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'clip_beta'?)"` where one of `known` is close to `name`, `""` where none is."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def lazy_attributes(
+    module: str, locations: Mapping[str, str]
+) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """The module functions `__getattr__` and `__dir__` (PEP 562) that import public names when first used.
+
+    Args:
+        module: the importing module's `__name__`.
+        locations: public name → the module that defines it.
+    """
+
+    def __getattr__(name: str) -> object:
+        if name in locations:
+            return getattr(importlib.import_module(locations[name]), name)
+        raise AttributeError(f"module {module!r} has no attribute {name!r}{nearest(name, locations)}")
+
+    def __dir__() -> list[str]:
+        return sorted({*importlib.import_module(module).__dict__, *locations})
+
+    return __getattr__, __dir__

@@ -1,0 +1,240 @@
+"""`FourBitConfig`: which operands of a linear layer are 4-bit numbers, in which format, and in which layers."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from hf_stablespam.quant.formats import Format, ScaleKind, get_format
+from hf_stablespam.quant.quantizer import Quantizer
+
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "gradient_rounding": ("stochastic", "nearest"),
+    "hadamard": (None, "weight_grad", "all"),
+    "weight_block": ("1d", "2d"),
+    "mx_scale_rule": ("even", "floor", "rceil"),
+    "scale_dtype": ("bfloat16", "float16", "float32"),
+}
+MAX_OUTLIERS = 8
+
+
+@dataclass(frozen=True)
+class FourBitConfig:
+    """4-bit training of linear layers: ``y = Q_a(x) · Q_w(W)ᵀ + b``, gradients straight through.
+
+    Master weights stay what they are; a format of None leaves its operand in high precision. The formats are
+    ``"int4"``, ``"int4_asym"``, ``"fp4_e1m2"``, ``"fp4_e1m2_official"``, ``"fp4_e2m1"``, ``"mxfp4"`` and ``"nvfp4"``.
+
+    Args:
+        weight: format of the weight.
+        activation: format of the layer's input.
+        gradient: format of the gradient of the layer's output, so that the two GEMMs of the backward pass see
+            4-bit operands too; None as in the paper.
+        group_size: numbers along the input dimension that share a scale, at least 1. The paper uses 256; 128 is
+            the largest size that packed checkpoints and their kernels know. ``mxfp4`` (32) and ``nvfp4`` (16) have
+            their own.
+        activation_outliers: largest magnitudes of each group of the input that stay in high precision, 0 to 8;
+            default 2 (the paper's), and 0 for ``mxfp4`` and ``nvfp4``.
+        weight_outliers: the same for the weight; only to reproduce the paper's FP4: such weights cannot be packed.
+        gradient_rounding: ``"stochastic"`` (unbiased) or ``"nearest"``.
+        hadamard: random Hadamard transform of both operands, along the dimension that a GEMM sums over, before
+            they are quantized: None, ``"weight_grad"`` (only in the GEMM of the weight's gradient, after
+            arXiv 2509.25149) or ``"all"``. The first needs a `gradient` format.
+        hadamard_size: numbers transformed together, a power of two from 16 to 128.
+        hadamard_seed: seed of the transform's random signs.
+        weight_block: ``"1d"``: groups within a row; ``"2d"``: square blocks, so that the backward pass may
+            transpose the 4-bit weight.
+        four_over_six: ``nvfp4``: map each block's maximum to 4 or 6, whichever errs less (arXiv 2512.02010).
+        mx_scale_rule: ``mxfp4``: ``"even"`` (least error here), ``"floor"`` (the OCP text) or ``"rceil"``.
+        scale_dtype: type that the scales of weights are rounded to, in training already, because a checkpoint
+            stores them so: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+        modules_to_not_convert: names of layers to leave alone: a name, the end of a dotted name, or a regular
+            expression for all of it.
+        target_modules: convert only layers with these names, given in the same way; None: every `nn.Linear`.
+        keep_last_blocks: this many of the model's last blocks stay in high precision.
+        cache_weights: keep the 4-bit weight from one optimizer step to the next instead of making it anew in
+            every forward pass; costs one more tensor of the weight's size for each layer.
+
+    Raises:
+        ValueError: an option out of its range, or two that exclude each other.
+
+    Example:
+        >>> FourBitConfig(weight="int4", activation=None).group_size
+        128
+        >>> FourBitConfig.nvfp4().activation_outliers
+        0
+    """
+
+    weight: str | None = "int4"
+    activation: str | None = "int4"
+    gradient: str | None = None
+    group_size: int = 128
+    activation_outliers: int | None = None
+    weight_outliers: int = 0
+    gradient_rounding: str = "stochastic"
+    hadamard: str | None = None
+    hadamard_size: int = 16
+    hadamard_seed: int = 0
+    weight_block: str = "1d"
+    four_over_six: bool = False
+    mx_scale_rule: str = "even"
+    scale_dtype: str = "bfloat16"
+    modules_to_not_convert: tuple[str, ...] = ("lm_head",)
+    target_modules: tuple[str, ...] | None = None
+    keep_last_blocks: int = 0
+    cache_weights: bool = True
+
+    def __post_init__(self) -> None:
+        for operand in ("weight", "activation", "gradient"):
+            if getattr(self, operand) is not None:
+                get_format(getattr(self, operand), operand)
+        if self.activation_outliers is None:
+            free = self.activation is not None and get_format(self.activation).block is None
+            object.__setattr__(self, "activation_outliers", 2 if free else 0)
+        self._check_numbers()
+        self._check_choices()
+        for field in ("modules_to_not_convert", "target_modules"):
+            object.__setattr__(self, field, _as_patterns(getattr(self, field), field))
+
+    def _check_numbers(self) -> None:
+        _check_integer("group_size", self.group_size, 1, None, "128 suits packed checkpoints")
+        _check_integer("keep_last_blocks", self.keep_last_blocks, 0, None, "0 keeps none")
+        _check_integer("hadamard_seed", self.hadamard_seed, 0, None, "0 is as good as any")
+        for field in ("activation_outliers", "weight_outliers"):
+            _check_integer(field, getattr(self, field), 0, MAX_OUTLIERS, "0 keeps none")
+        size = self.hadamard_size
+        if type(size) is not int or size not in (16, 32, 64, 128):
+            raise ValueError(f"hadamard_size must be 16, 32, 64 or 128, got {size!r}; 16 is the usual one")
+
+    def _check_choices(self) -> None:
+        for field, known in CHOICES.items():
+            if getattr(self, field) not in known:
+                names = ", ".join(repr(choice) for choice in known)
+                raise ValueError(
+                    f"{field} must be one of {names}, got {getattr(self, field)!r}; {known[0]!r} is the default"
+                )
+        for field in ("four_over_six", "cache_weights"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field} must be True or False, got {getattr(self, field)!r}")
+        if self.hadamard == "weight_grad" and self.gradient is None:
+            raise ValueError(
+                "hadamard='weight_grad' needs a gradient format, got gradient=None: the transform only serves"
+                " quantized operands; set gradient='nvfp4', or hadamard=None"
+            )
+        if self.four_over_six and "nvfp4" not in (self.weight, self.activation, self.gradient):
+            raise ValueError(
+                "four_over_six=True needs an operand in the format 'nvfp4', got"
+                f" weight={self.weight!r}, activation={self.activation!r}, gradient={self.gradient!r};"
+                " set weight='nvfp4', or four_over_six=False"
+            )
+
+    @classmethod
+    def paper(cls, name: str = "int4") -> FourBitConfig:
+        """The settings of the paper's official code: groups of 256 along each row, unrounded scales.
+
+        Args:
+            name: ``"int4"``: weights with a zero point, symmetric inputs with two outliers kept; ``"fp4"``: the
+                official 9-level grid, with two outliers kept of weights and inputs. Weights with kept outliers
+                cannot be exported.
+
+        Raises:
+            ValueError: another name.
+
+        Example:
+            >>> FourBitConfig.paper("int4").weight
+            'int4_asym'
+        """
+        if name == "int4":
+            return cls(weight="int4_asym", activation="int4", group_size=256, scale_dtype="float32")
+        if name == "fp4":
+            grid = "fp4_e1m2_official"
+            return cls(weight=grid, activation=grid, group_size=256, weight_outliers=2, scale_dtype="float32")
+        raise ValueError(f"paper's name must be 'int4' or 'fp4', got {name!r}; for NVFP4 use FourBitConfig.nvfp4()")
+
+    @classmethod
+    def nvfp4(cls, gradient: bool = False) -> FourBitConfig:
+        """NVFP4 weights and activations; with `gradient` the recipe of arXiv 2509.25149.
+
+        Args:
+            gradient: quantize the output gradient as well, rounded stochastically, with a Hadamard transform of 16
+                in the GEMM of the weight's gradient, and square weight blocks.
+
+        Example:
+            >>> FourBitConfig.nvfp4(gradient=True).weight_block
+            '2d'
+        """
+        if not gradient:
+            return cls(weight="nvfp4", activation="nvfp4")
+        return cls(weight="nvfp4", activation="nvfp4", gradient="nvfp4", hadamard="weight_grad", weight_block="2d")
+
+    def quantizer(self, operand: str) -> Quantizer | None:
+        """The `Quantizer` of ``"weight"``, ``"activation"`` or ``"gradient"``; None in high precision."""
+        return _quantizer(self, operand)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold; `from_dict` takes it back."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> FourBitConfig:
+        """The configuration that `to_dict` wrote.
+
+        Raises:
+            ValueError: an unknown option; the message names the nearest known one.
+        """
+        known = [field.name for field in fields(cls)]
+        for key in options:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}"
+                raise ValueError(f"unknown option {key!r} of FourBitConfig; {hint}")
+        return cls(**options)
+
+
+@lru_cache(maxsize=256)
+def _quantizer(config: FourBitConfig, operand: str) -> Quantizer | None:
+    name = getattr(config, operand)
+    if name is None:
+        return None
+    format: Format = get_format(name, operand)
+    outliers = {"weight": config.weight_outliers, "activation": config.activation_outliers or 0, "gradient": 0}
+    rounded = operand == "weight" and format.scale is ScaleKind.REAL and config.scale_dtype != "float32"
+    return Quantizer(
+        format,
+        group_size=format.block or config.group_size,
+        outliers=outliers[operand],
+        stochastic=operand == "gradient" and config.gradient_rounding == "stochastic",
+        scale_dtype=getattr(torch, config.scale_dtype) if rounded else None,
+        square=operand == "weight" and config.weight_block == "2d",
+        scale_rule=config.mx_scale_rule,
+        four_over_six=config.four_over_six and format.scale is ScaleKind.E4M3,
+    )
+
+
+def _check_integer(field: str, value: Any, low: int, high: int | None, remedy: str) -> None:
+    """Raise unless `value` is an integer from `low` to `high`; a bool is none."""
+    if type(value) is int and value >= low and (high is None or value <= high):
+        return
+    allowed = f"an integer from {low} to {high}" if high is not None else f"an integer, at least {low}"
+    raise ValueError(f"{field} must be {allowed}, got {value!r}; {remedy}")
+
+
+def _as_patterns(value: Any, field: str) -> tuple[str, ...] | None:
+    """Names as a tuple, each of which compiles as a regular expression; None only where it has a meaning."""
+    if value is None:
+        return None if field == "target_modules" else ()
+    names = (value,) if isinstance(value, str) else tuple(value)
+    for name in names:
+        try:
+            re.compile(name)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"{field} must hold names or regular expressions, got {name!r} ({error}); escape special characters"
+            ) from None
+    return names

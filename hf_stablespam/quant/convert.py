@@ -1,0 +1,165 @@
+"""A model → the same model with 4-bit linear layers, and back."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from typing import TypeVar
+
+from torch import nn
+
+from hf_stablespam.quant.config import FourBitConfig
+from hf_stablespam.quant.formats import ScaleKind
+from hf_stablespam.quant.linear import FourBitLinear, check_weight
+
+logger = logging.getLogger(__name__)
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+# The key under which a converted model's own config says how it was trained; `save_pretrained` writes it.
+CONFIG_KEY = "four_bit_training"
+
+# Inference engines fuse these siblings into one product, with one NVFP4 scale.
+FUSED_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
+
+# Layers of PEFT that hold the adapter: small, and trained in full precision.
+ADAPTER_CONTAINERS = re.compile(r"(^|\.)(lora_|vera_|ia3_|oft_|boft_|modules_to_save)")
+# Weights that nobody expects to be converted go unmentioned.
+QUIET = (nn.Embedding, nn.LayerNorm, nn.RMSNorm)
+
+
+def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> ModelT:
+    """Swap the class of the model's `nn.Linear` layers to `FourBitLinear`, in place.
+
+    Parameters, their identity, hooks and the keys of the state dict stay; so optimizers, DDP, FSDP2, checkpointing
+    and saving work as before. One line on the log says how many layers were converted and what was left alone.
+    Converting again with the same configuration does nothing.
+
+    Args:
+        model: any module. Only layers whose type is exactly `nn.Linear` are converted, without those named in
+            `modules_to_not_convert`, adapters of PEFT, and the last blocks if `keep_last_blocks` says so.
+        config: formats and which layers; default `FourBitConfig()`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: no layer to convert, or a model converted with another configuration.
+        TypeError: a weight that is not floating-point.
+
+    Example:
+        >>> model = convert_to_4bit(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))
+        >>> type(model[0]).__name__, sorted(model.state_dict())
+        ('FourBitLinear', ['0.bias', '0.weight', '2.bias', '2.weight'])
+    """
+    config = config or FourBitConfig()
+    chosen = {}
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and is_wanted(name, config, model):
+            check_weight(module.weight, f"{name}.weight" if name else "weight")
+            chosen[name] = module
+        elif isinstance(module, FourBitLinear) and module.four_bit != config:
+            raise ValueError(
+                f"layer {name!r} is already converted with another configuration; call restore_linear(model) first"
+            )
+    converted = [name for name, module in model.named_modules() if isinstance(module, FourBitLinear)]
+    if not chosen and not converted:
+        raise ValueError(f"no layer to convert to 4 bits: {_why_nothing(model, config)}")
+    for module in chosen.values():
+        FourBitLinear.adopt(module, config)
+    _share_scales(model, config)
+    _note_in_config(model, config.to_dict())
+    if chosen:
+        logger.info(
+            "4-bit training: converted %d linear layers (weight %s, activation %s, gradient %s); left alone: %s",
+            *(len(chosen), config.weight, config.activation, config.gradient, ", ".join(left_alone(model)) or "none"),
+        )
+    return model
+
+
+def restore_linear(model: ModelT) -> ModelT:
+    """Turn every `FourBitLinear` of `model` back into a plain `nn.Linear`, in place; weights stay as they are.
+
+    Example:
+        >>> model = restore_linear(convert_to_4bit(nn.Sequential(nn.Linear(8, 8))))
+        >>> type(model[0]) is nn.Linear
+        True
+    """
+    for module in list(model.modules()):
+        if isinstance(module, FourBitLinear):
+            module.release()
+    _note_in_config(model, None)
+    return model
+
+
+def is_wanted(name: str, config: FourBitConfig, model: nn.Module) -> bool:
+    """Whether the configuration asks for the `nn.Linear` called `name`."""
+    if _matches(name, config.modules_to_not_convert) or ADAPTER_CONTAINERS.search(name):
+        return False
+    if config.target_modules is not None and not _matches(name, config.target_modules):
+        return False
+    return not any(name.startswith(block + ".") for block in _kept_blocks(model, config.keep_last_blocks))
+
+
+def left_alone(model: nn.Module) -> list[str]:
+    """What has a weight matrix and is not converted: ``name (type)``, layers of all blocks under one name."""
+    found: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        own = any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+        if own and not isinstance(module, (FourBitLinear, *QUIET)) and not ADAPTER_CONTAINERS.search(name):
+            found[f"{re.sub(r'[.][0-9]+(?=[.]|$)', '.*', name)} ({type(module).__name__})"] += 1
+    return [text if count == 1 else f"{text} ×{count}" for text, count in found.items()]
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """A pattern is the whole name, its end after a dot, or a regular expression for all of it."""
+    return any(name == pattern or name.endswith("." + pattern) or re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def _kept_blocks(model: nn.Module, count: int) -> list[str]:
+    """Names of the last `count` children of every longest list of blocks (encoder and decoder have one each)."""
+    if count == 0:
+        return []
+    lists = {name: child for name, child in model.named_modules() if isinstance(child, nn.ModuleList) and len(child)}
+    # Lists inside of blocks (a block's experts or sub-layers) are no lists of blocks.
+    outer = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
+    return [f"{name}.{index}" for name in outer for index in range(max(0, len(lists[name]) - count), len(lists[name]))]
+
+
+def _share_scales(model: nn.Module, config: FourBitConfig) -> None:
+    """Tell the siblings that an inference engine fuses about each other."""
+    quantizer = config.quantizer("weight")
+    if quantizer is None or quantizer.format.scale is not ScaleKind.E4M3 or config.hadamard == "all":
+        return
+    for parent in model.modules():
+        children = dict(parent.named_children())
+        for names in FUSED_SIBLINGS:
+            siblings = [children.get(name) for name in names]
+            partners = tuple(sibling for sibling in siblings if isinstance(sibling, FourBitLinear))
+            if len(partners) > 1:
+                for partner in partners:
+                    partner.scale_partners = partners
+
+
+def _note_in_config(model: nn.Module, note: dict | None) -> None:
+    """Write the 4-bit configuration into the model's own config, or take it out."""
+    own = getattr(model, "config", None)
+    if own is None or not hasattr(own, "to_dict"):
+        return
+    if note is not None:
+        setattr(own, CONFIG_KEY, note)
+    elif hasattr(own, CONFIG_KEY):
+        delattr(own, CONFIG_KEY)
+
+
+def _why_nothing(model: nn.Module, config: FourBitConfig) -> str:
+    """The rest of the message for a model without a layer to convert."""
+    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    if linears:
+        return (
+            f"all {len(linears)} nn.Linear layers are excluded by target_modules={config.target_modules!r},"
+            f" modules_to_not_convert={config.modules_to_not_convert!r} or keep_last_blocks={config.keep_last_blocks}"
+        )
+    others = ", ".join(left_alone(model)) or "no weight matrix at all"
+    return f"the model has no nn.Linear, only {others}; other kinds of layers (GPT-2's Conv1D) are not supported"

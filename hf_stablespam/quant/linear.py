@@ -1,0 +1,174 @@
+"""`FourBitLinear`: an `nn.Linear` whose products see 4-bit numbers, with the parameters and names of `nn.Linear`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from hf_stablespam.quant.config import FourBitConfig
+from hf_stablespam.quant.matmul import FourBitMatmul, Recipe, quantize_weight
+
+
+class _StepCounter:
+    """Counts the steps of all optimizers, because some write to ``p.data``, which leaves no trace on the parameter."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._registered = False
+
+    def start(self) -> None:
+        if not self._registered:
+            register_optimizer_step_post_hook(self._count)
+            self._registered = True
+
+    def _count(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.steps += 1
+
+
+_optimizer_steps = _StepCounter()
+
+
+class FourBitLinear(nn.Linear):
+    """A linear layer with 4-bit operands and a master weight in high precision.
+
+    ``y = Q_a(x) · Q_w(W)ᵀ + b``; ``∂x = Q_g(∂y) · Q_w(W)``; ``∂W = Q_g(∂y)ᵀ · Q_a(x)``; each ``Q`` as `config` says.
+    The arithmetic is simulated: operands are numbers on the 4-bit grid, in the dtype of the layer (or of autocast).
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for `nn.Linear`.
+        config: formats and groups; default `FourBitConfig()`.
+
+    Raises:
+        TypeError: a weight that is not floating-point.
+
+    Example:
+        >>> layer = FourBitLinear(8, 4, config=FourBitConfig(weight="int4", activation=None))
+        >>> layer(torch.ones(2, 8)).shape
+        torch.Size([2, 4])
+    """
+
+    four_bit: FourBitConfig
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        config: FourBitConfig | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.configure(config or FourBitConfig())
+
+    @classmethod
+    def adopt(cls, linear: nn.Linear, config: FourBitConfig) -> FourBitLinear:
+        """Turn an `nn.Linear` into a `FourBitLinear` in place; parameters, hooks and names stay."""
+        linear.__class__ = cls
+        adopted: FourBitLinear = linear  # type: ignore[assignment]
+        adopted.configure(config)
+        return adopted
+
+    def configure(self, config: FourBitConfig) -> None:
+        """Set what the layer quantizes."""
+        check_weight(self.weight)
+        self.four_bit = config
+        self.recipe = Recipe.of(config)
+        # Layers that an inference engine fuses (q, k, v; gate, up) share NVFP4's scale of the whole tensor.
+        self.scale_partners: tuple[FourBitLinear, ...] = ()
+        self._parameter_id = id(self.weight)
+        self.forget_weight()
+        _optimizer_steps.start()
+
+    def release(self) -> nn.Linear:
+        """Turn the layer back into a plain `nn.Linear`, in place."""
+        for name in ("four_bit", "recipe", "scale_partners", "_parameter_id", "_kept"):
+            del self.__dict__[name]
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+        return self
+
+    def forget_weight(self) -> None:
+        """Drop the kept 4-bit weight; needed only after writing to ``weight.data`` outside of an optimizer."""
+        self._kept: tuple[Any, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to `x` (..., in_features)."""
+        device = x.device.type
+        if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+            return self._product(x, self.weight.dtype, self.bias)
+        dtype = torch.get_autocast_dtype(device)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(device, enabled=False):  # the quantizers' arithmetic is not to be cast
+            return self._product(x.to(dtype), dtype, bias)
+
+    def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight on its 4-bit grid (out_features, in_features), as the forward pass uses it.
+
+        Args:
+            dtype: dtype of the product; default: that of the weight.
+        """
+        # A tensor made in inference mode could not be used by a later training step.
+        with torch.inference_mode(False), torch.no_grad():
+            return quantize_weight(self.weight, self.recipe, dtype or self.weight.dtype, self.shared_amax())
+
+    def shared_amax(self) -> Tensor | None:
+        """Largest magnitude of this weight and its partners' (NVFP4 only)."""
+        if not self.scale_partners:
+            return None
+        peaks = [partner.weight.detach().abs().amax() for partner in self.scale_partners]
+        peaks = [peak.full_tensor() if isinstance(peak, DTensor) else peak for peak in peaks]
+        return torch.stack([peak.float().to(self.weight.device) for peak in peaks]).amax()
+
+    def _product(self, x: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+        weight_q = self._kept_weight(dtype) if self._may_keep() else None
+        amax = self.shared_amax() if weight_q is None else None
+        return FourBitMatmul.apply(x, self.weight, bias, weight_q, amax, self.recipe)
+
+    def _may_keep(self) -> bool:
+        """Whether the 4-bit weight may be kept between forward passes."""
+        if not self.four_bit.cache_weights or torch.compiler.is_compiling() or self.weight.is_inference():
+            return False
+        # FSDP2 refills the memory of its gathered weights without a trace, and frees it to save memory. It is known
+        # by the parameter not being the one that was converted. (DDP leaves the parameter alone.)
+        replaced = id(self.weight) != self._parameter_id
+        return not (replaced and torch.distributed.is_available() and torch.distributed.is_initialized())
+
+    def _kept_weight(self, dtype: torch.dtype) -> Tensor:
+        """The 4-bit weight, made anew when the weight has changed."""
+        sources = [self.weight, *(partner.weight for partner in self.scale_partners)]
+        steps = _optimizer_steps.steps if any(source.requires_grad for source in sources) else 0
+        key = (dtype, steps, *((source._version, source.data_ptr()) for source in sources))
+        if self._kept is None or self._kept[0] != key:
+            self._kept = None  # freed before its successor is made
+            self._kept = (key, self.quantized_weight(dtype))
+        return self._kept[1]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.forget_weight()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+    def extra_repr(self) -> str:
+        config = self.four_bit
+        operands = f"weight={config.weight}, activation={config.activation}, gradient={config.gradient}"
+        return f"{super().extra_repr()}, {operands}"
+
+
+def check_weight(weight: Tensor, name: str = "weight") -> None:
+    """Raise unless `weight` is a floating-point matrix."""
+    if not weight.is_floating_point():
+        raise TypeError(
+            f"{name} must be floating-point to be trained in 4 bits, got {weight.dtype}; it may be quantized already:"
+            " load the model in bfloat16, or name the layer in modules_to_not_convert"
+        )
+    if weight.ndim != 2:
+        raise ValueError(
+            f"{name} must be a matrix (out_features, in_features), got shape {tuple(weight.shape)}; flattened weights"
+            " (FSDP1, ZeRO-3) cannot be quantized: use FSDP2 or DDP, or convert before wrapping"
+        )

@@ -1,0 +1,120 @@
+"""`optim_args`: from one string of the command line to the optimizer's keyword arguments."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from hf_stablespam._names import nearest
+
+
+class _Option(NamedTuple):
+    parse: Callable[[str], object]
+    expected: str
+
+
+def _or_none(parse: Callable[[str], object]) -> Callable[[str], object]:
+    return lambda text: None if text.lower() == "none" else parse(text)
+
+
+def _steps(text: str) -> int | str:
+    return "auto" if text.lower() == "auto" else int(text)
+
+
+def _pair(text: str) -> tuple[float, float]:
+    first, second = text.split(":")
+    return float(first), float(second)
+
+
+def _switch(text: str) -> bool:
+    return {"true": True, "false": False}[text.lower()]
+
+
+OPTIONS: Mapping[str, _Option] = {
+    "clip_beta": _Option(_or_none(float), "a number or none"),
+    "norm_betas": _Option(_or_none(_pair), "two numbers joined by a colon, such as 0.7:0.9, or none"),
+    "reset_interval": _Option(_or_none(int), "an integer or none"),
+    "decay_steps": _Option(_or_none(_steps), "an integer, auto or none"),
+    "decay_floor": _Option(float, "a number"),
+    "maximize": _Option(_switch, "true or false"),
+    "foreach": _Option(_or_none(_switch), "true, false or none"),
+    "fused": _Option(_or_none(_switch), "true, false or none"),
+}
+
+# The names of the paper and of the official code → our option, and the place in it where it is a pair.
+ALIASES: Mapping[str, tuple[str, int | None]] = {
+    "gamma1": ("norm_betas", 0),
+    "gamma2": ("norm_betas", 1),
+    "gamma3": ("clip_beta", None),
+    "update_proj_gap": ("reset_interval", None),
+    "total_T": ("decay_steps", None),
+}
+_PAIR_DEFAULTS = {"norm_betas": (0.7, 0.9)}
+
+# What has a field of its own in TrainingArguments.
+_FIELDS = {
+    "lr": "learning_rate",
+    "betas": "adam_beta1 and adam_beta2",
+    "eps": "adam_epsilon",
+    "weight_decay": "weight_decay",
+}
+
+
+def parse_optim_args(text: str | None) -> dict[str, Any]:
+    """Read `TrainingArguments.optim_args` for `optim="stable_spam"`.
+
+    Args:
+        text: entries `name=value`, joined by commas; spaces do not matter; `None` or empty gives `{}`. Names
+            are those of `StableSPAM`'s keyword arguments, or an alias of the paper or the official code
+            (gamma1, gamma2, gamma3, update_proj_gap, total_T). `none` switches a part off.
+
+    Returns:
+        Keyword arguments of `StableSPAM`: only those that `text` names.
+
+    Raises:
+        ValueError: an unknown name, a value that cannot be read, or an option that is given twice.
+
+    Example:
+        >>> parse_optim_args("clip_beta=none, norm_betas=0.7:0.9, update_proj_gap=500")
+        {'clip_beta': None, 'norm_betas': (0.7, 0.9), 'reset_interval': 500}
+    """
+    kwargs: dict[str, Any] = {}
+    given: dict[tuple[str, int | None], str] = {}
+    for entry in re.sub(r"\s", "", text or "").split(",") if text and text.strip() else ():
+        key, equals, value = entry.partition("=")
+        if not (key and equals and value):
+            raise ValueError(f"optim_args must be name=value entries joined by commas, got {entry!r} in {text!r}")
+        name, place = ALIASES.get(key, (key, None))
+        _claim(key, name, place, given)
+        if place is None:
+            kwargs[name] = _read(key, value, _known_option(key, name))
+        else:
+            pair = list(kwargs.get(name, _PAIR_DEFAULTS[name]))
+            pair[place] = _read(key, value, _Option(float, "a number"))
+            kwargs[name] = tuple(pair)
+    return kwargs
+
+
+def _claim(key: str, name: str, place: int | None, given: dict[tuple[str, int | None], str]) -> None:
+    """Note that `key` sets the option `name` (or one place of it); an error where another key did already."""
+    for (other_name, other_place), other_key in given.items():
+        if other_name == name and (place is None or other_place is None or place == other_place):
+            raise ValueError(f"optim_args sets {name} twice, by {other_key!r} and by {key!r}; leave one of them out")
+    given[name, place] = key
+
+
+def _known_option(key: str, name: str) -> _Option:
+    if name in OPTIONS:
+        return OPTIONS[name]
+    if key in _FIELDS:
+        raise ValueError(f"optim_args does not take {key!r}; set {_FIELDS[key]} in TrainingArguments instead")
+    raise ValueError(
+        f"optim_args has the unknown option {key!r}{nearest(key, [*OPTIONS, *ALIASES])}; "
+        f"known options: {', '.join(OPTIONS)}; aliases: {', '.join(ALIASES)}"
+    )
+
+
+def _read(key: str, value: str, option: _Option) -> object:
+    try:
+        return option.parse(value)
+    except (ValueError, KeyError):
+        raise ValueError(f"optim_args: {key} must be {option.expected}, got {value!r}") from None

@@ -1,0 +1,135 @@
+"""Conversion in place and back."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, restore_linear
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.mlp = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(4, 8)
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+        self.conv = nn.Conv1d(8, 8, 3)
+        self.lm_head = nn.Linear(8, 4)
+
+
+def names(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, FourBitLinear)}
+
+
+def test_parameters_their_identity_and_keys_stay() -> None:
+    model = Model()
+    before = dict(model.named_parameters())
+    assert convert_to_4bit(model) is model
+    assert len(names(model)) == 12
+    assert type(model.lm_head) is nn.Linear
+    after = dict(model.named_parameters())
+    assert list(before) == list(after)
+    assert all(before[key] is after[key] for key in before)
+
+
+def test_restoring_gives_back_plain_layers_and_leaves_no_trace() -> None:
+    model = Model()
+    attributes = set(vars(model.layers[0].q_proj))
+    restore_linear(convert_to_4bit(model))
+    assert names(model) == set()
+    assert type(model.layers[0].q_proj) is nn.Linear
+    assert set(vars(model.layers[0].q_proj)) == attributes
+    assert model.layers[0].q_proj(torch.ones(1, 8)).shape == (1, 8)
+
+
+def test_converting_twice_is_harmless_and_another_configuration_is_refused() -> None:
+    model = convert_to_4bit(Model())
+    layer = model.layers[0].q_proj
+    layer(torch.ones(1, 8))
+    kept = layer._kept
+    convert_to_4bit(model)
+    assert layer._kept is kept
+    with pytest.raises(
+        ValueError, match=r"'layers.0.q_proj' is already converted .* call restore_linear\(model\) first"
+    ):
+        convert_to_4bit(model, FourBitConfig(group_size=64))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"modules_to_not_convert": ("lm_head", "q_proj")}, 9),
+        ({"modules_to_not_convert": (r".*\.mlp\..*", "lm_head")}, 9),
+        ({"modules_to_not_convert": ()}, 13),
+        ({"target_modules": ("q_proj", "v_proj")}, 6),
+        ({"target_modules": (r"layers\.[01]\..*",)}, 8),
+        ({"target_modules": "q_proj"}, 3),
+        ({"keep_last_blocks": 1}, 8),
+        ({"keep_last_blocks": 2, "target_modules": ("mlp.0",)}, 1),
+    ],
+)
+def test_which_layers_are_converted(options: dict, expected: int) -> None:
+    assert len(names(convert_to_4bit(Model(), FourBitConfig(**options)))) == expected
+
+
+def test_one_line_says_what_was_converted_and_what_was_left(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="hf_stablespam"):
+        convert_to_4bit(Model(), FourBitConfig(modules_to_not_convert=("lm_head", "mlp.0")))
+        convert_to_4bit(model := convert_to_4bit(Model()))
+    assert len(caplog.records) == 2
+    line = caplog.records[0].getMessage()
+    assert "converted 9 linear layers (weight int4, activation int4, gradient None)" in line
+    assert "left alone: layers.*.mlp.* (Linear) ×3, conv (Conv1d), lm_head (Linear)" in line
+    assert model is not None
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (nn.Sequential(nn.ReLU()), {}, "the model has no nn.Linear, only no weight matrix at all"),
+        (nn.Sequential(nn.Conv1d(2, 2, 1)), {}, r"the model has no nn.Linear, only \* \(Conv1d\)|0 \(Conv1d\)"),
+        (
+            nn.Sequential(nn.Linear(2, 2)),
+            {"target_modules": ("x",)},
+            r"all 1 nn.Linear layers are excluded by target_modules=\('x',\)",
+        ),
+    ],
+)
+def test_a_model_without_a_layer_to_convert_is_refused(model: nn.Module, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"no layer to convert to 4 bits: .*({message})"):
+        convert_to_4bit(model, FourBitConfig(**options))
+
+
+def test_integer_weights_are_refused_by_name() -> None:
+    model = Model()
+    model.layers[1].q_proj.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"layers.1.q_proj.weight must be floating-point .* got torch.uint8"):
+        convert_to_4bit(model)
+    assert names(model) == set()  # nothing is converted halfway
+
+
+def test_fused_siblings_share_the_tensor_scale_of_nvfp4() -> None:
+    model = convert_to_4bit(Model(), FourBitConfig.nvfp4())
+    block = model.layers[0]
+    with torch.no_grad():
+        block.v_proj.weight[0, 0] = 9.0
+    assert block.q_proj.shared_amax() == block.k_proj.shared_amax() == 9.0
+    assert block.mlp[0].shared_amax() is None
+    changed = block.q_proj.quantized_weight()
+    alone = model.layers[0].q_proj.recipe.weight(block.q_proj.weight)
+    assert torch.equal(changed, block.q_proj.recipe.weight(block.q_proj.weight, torch.tensor(9.0)))
+    assert not torch.equal(changed, alone)
+    block.q_proj(torch.ones(1, 8))
+    with torch.no_grad():
+        block.v_proj.weight[0, 0] = 20.0
+    assert torch.equal(block.q_proj._kept_weight(torch.float32), block.q_proj.quantized_weight())

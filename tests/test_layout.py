@@ -1,0 +1,80 @@
+"""The folders' rule: `optim`, `quant` and `monitor` know neither each other nor transformers."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "hf_stablespam"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+PARTS = ("optim", "quant", "monitor")
+
+
+def imported(tree: ast.AST, module: Path, *, at_import_only: bool) -> set[str]:
+    """Full names that the module imports; `at_import_only` leaves out functions and `if TYPE_CHECKING`."""
+    names = set()
+    for node in ast.iter_child_nodes(tree):
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        is_typing = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if at_import_only and (is_function or is_typing):
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: imports are absolute in this project"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        names |= imported(node, module, at_import_only=at_import_only)
+    return names
+
+
+def imports_of(module: Path, *, at_import_only: bool = False) -> set[str]:
+    return imported(ast.parse(module.read_text()), module, at_import_only=at_import_only)
+
+
+def within(names: set[str], package: str) -> set[str]:
+    return {name for name in names if name == package or name.startswith(f"{package}.")}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_do_not_know_each_other_or_the_trainer(part):
+    for module in (PACKAGE / part).rglob("*.py"):
+        for other in {*PARTS, "trainer"} - {part}:
+            assert not within(imports_of(module), f"hf_stablespam.{other}"), module
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_do_not_import_transformers(part):
+    for module in (PACKAGE / part).rglob("*.py"):
+        assert not within(imports_of(module, at_import_only=True), "transformers"), module
+
+
+def test_only_the_entry_points_import_the_trainer_folder():
+    for module in MODULES:
+        is_entry = module.parent == PACKAGE and module.name in ("__init__.py", "__main__.py")
+        if not is_entry and "trainer" not in module.relative_to(PACKAGE).parts[:1]:
+            assert not within(imports_of(module), "hf_stablespam.trainer"), module
+
+
+def test_the_rule_would_notice_an_import():
+    """The checker itself: what it must see, and what it must not."""
+    tree = ast.parse("import transformers.trainer\ndef f():\n    from hf_stablespam.quant import x\n")
+    assert imported(tree, PACKAGE, at_import_only=True) == {"transformers.trainer"}
+    assert within(imported(tree, PACKAGE, at_import_only=False), "hf_stablespam.quant")
+
+
+def test_the_public_names_are_there():
+    import hf_stablespam
+
+    assert sorted(hf_stablespam.__all__) == hf_stablespam.__all__
+    for name in hf_stablespam.__all__:
+        assert getattr(hf_stablespam, name).__doc__, name
+        assert name in dir(hf_stablespam)
+
+
+def test_an_unknown_name_suggests_the_nearest():
+    import hf_stablespam
+
+    with pytest.raises(AttributeError, match=r"no attribute 'StableSPM' \(did you mean 'StableSPAM'\?\)"):
+        _ = hf_stablespam.StableSPM
+    with pytest.raises(AttributeError, match=r"no attribute 'qqqq'$"):
+        _ = hf_stablespam.qqqq

@@ -1,0 +1,143 @@
+"""The optimizer that the Trainer builds for `optim="stable_spam"`."""
+
+import logging
+
+import pytest
+import torch
+from transformers import Trainer
+
+from hf_stablespam import StableSPAM
+from tests.trainer.helpers import arguments, optimizer_of, tiny_trainer, training_logs
+
+
+def test_values_come_from_the_training_arguments(tmp_path):
+    args = arguments(
+        tmp_path,
+        learning_rate=2e-3,
+        adam_beta1=0.8,
+        adam_beta2=0.95,
+        adam_epsilon=1e-6,
+        optim_args="norm_betas=none,reset_interval=7,decay_steps=9",
+    )
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+    assert cls is StableSPAM
+    assert kwargs == {
+        "lr": 2e-3,
+        "betas": (0.8, 0.95),
+        "eps": 1e-6,
+        "norm_betas": None,
+        "reset_interval": 7,
+        "decay_steps": 9,
+    }
+
+
+def test_other_optimizers_are_left_alone(tmp_path):
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, optim="sgd"))
+    assert cls is torch.optim.SGD
+    assert kwargs == {"lr": 1e-3}
+
+
+def test_weight_decay_groups_are_the_trainers(tmp_path):
+    trainer = tiny_trainer(tmp_path, weight_decay=0.1)
+    groups = trainer.create_optimizer().param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    assert {names[id(p)].split(".")[-2] for p in groups[1]["params"]} == {
+        "input_layernorm",
+        "post_attention_layernorm",
+        "norm",
+    }
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 5}, {"max_steps": -1, "num_train_epochs": 0.5}])
+def test_the_decay_spans_the_run(tmp_path, length):
+    trainer = tiny_trainer(tmp_path, **length)
+    assert {group["decay_steps"] for group in trainer.create_optimizer().param_groups} == {"auto"}
+    trainer.train()
+    assert {group["decay_steps"] for group in trainer.optimizer.param_groups} == {trainer.state.max_steps}
+
+
+@pytest.mark.parametrize(("text", "expected"), [("decay_steps=none", None), ("total_T=77", 77)])
+def test_an_explicit_decay_stays(tmp_path, text, expected):
+    trainer = tiny_trainer(tmp_path, optim_args=text, max_steps=1)
+    trainer.train()
+    assert {group["decay_steps"] for group in trainer.optimizer.param_groups} == {expected}
+
+
+def test_a_resumed_run_keeps_the_decay_that_it_began_with(tmp_path):
+    tiny_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
+    trainer = tiny_trainer(tmp_path, max_steps=6)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 6
+    assert {group["decay_steps"] for group in trainer.optimizer.param_groups} == {4}
+
+
+def test_a_subclass_with_its_own_schedule_trains(tmp_path):
+    class OwnSchedule(Trainer):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            self.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
+            return self.lr_scheduler
+
+    trainer = tiny_trainer(tmp_path, trainer_cls=OwnSchedule, max_steps=2)
+    trainer.train()
+    assert {group["decay_steps"] for group in trainer.optimizer.param_groups} == {2}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"optim_args": "clip_bta=1"}, "unknown option 'clip_bta'"),
+        ({"optim_args": "clip_beta=x"}, "clip_beta must be a number or none, got 'x'"),
+        ({"optim_args": "clip_beta=1.5"}, r"clip_beta must be in \[0, 1\), got 1.5; None switches clipping off"),
+        ({"optim_args": "norm_betas=0.7:1"}, r"norm_betas\[1\] must be in \[0, 1\), got 1.0"),
+        ({"optim_args": "reset_interval=0"}, "reset_interval must be .*>= 1, got 0"),
+        ({"optim_args": "decay_steps=-3"}, "decay_steps must be .*>= 1, got -3"),
+        ({"optim_args": "decay_floor=2"}, r"decay_floor must be in \[0, 1\], got 2.0"),
+        ({"learning_rate": -1.0}, "lr must be a number >= 0, got -1.0"),
+        ({"adam_beta1": 1.0}, r"betas\[0\] must be in \[0, 1\), got 1.0"),
+        ({"adam_epsilon": -1e-8}, "eps must be a number >= 0, got -1e-08"),
+        ({"weight_decay": -0.1}, "weight_decay must be a number >= 0, got -0.1"),
+    ],
+)
+def test_bad_values_stop_before_any_training(tmp_path, overrides, message):
+    trainer = tiny_trainer(tmp_path, **overrides)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_global_clipping_is_warned_about(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="hf_stablespam"):
+        tiny_trainer(tmp_path, max_grad_norm=0.0).create_optimizer()
+        assert not caplog.records
+        tiny_trainer(tmp_path, max_grad_norm=1.0).create_optimizer()
+    (record,) = caplog.records
+    assert "max_grad_norm=1.0 clips the whole gradient before Stable-SPAM sees it" in record.getMessage()
+    assert "Set max_grad_norm=0" in record.getMessage()
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_checkpoint_resumes_bit_for_bit(tmp_path, max_grad_norm):
+    options = {
+        "max_steps": 20,
+        "save_strategy": "steps",
+        "save_steps": 10,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.1,
+        "max_grad_norm": max_grad_norm,
+        "optim_args": "reset_interval=6",
+    }
+    straight = tiny_trainer(tmp_path / "straight", **options)
+    straight.train()
+    resumed = tiny_trainer(tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-10"))
+
+    for (name, expected), got in zip(straight.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(expected, got), name
+    expected, got = (optimizer_of(trainer).state_dict() for trainer in (straight, resumed))
+    assert expected["param_groups"] == got["param_groups"]
+    assert expected["state"].keys() == got["state"].keys()
+    for index, state in expected["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, got["state"][index][name]), (index, name)
+    assert [row["loss"] for row in training_logs(straight)] == [row["loss"] for row in training_logs(resumed)]
