@@ -10,9 +10,9 @@ from hf_stablespam._names import lazy_attributes
 from hf_stablespam.trainer.registration import register
 
 if TYPE_CHECKING:
-    from hf_stablespam.optim import StableSPAM
+    from hf_stablespam.optim import StableSPAM, stabilize
     from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, restore_linear
-    from hf_stablespam.trainer import FourBitCallback, GradientNormCallback, MomentumResetCallback
+    from hf_stablespam.trainer import FourBitCallback, GradientNormCallback, MomentumResetCallback, StabilizeCallback
 
 __version__ = "0.1.0"
 
@@ -22,10 +22,12 @@ __all__ = [
     "FourBitLinear",
     "GradientNormCallback",
     "MomentumResetCallback",
+    "StabilizeCallback",
     "StableSPAM",
     "convert_to_4bit",
     "register",
     "restore_linear",
+    "stabilize",
 ]
 
 __getattr__, __dir__ = lazy_attributes(
@@ -36,9 +38,11 @@ __getattr__, __dir__ = lazy_attributes(
         "FourBitLinear": "hf_stablespam.quant",
         "GradientNormCallback": "hf_stablespam.trainer",
         "MomentumResetCallback": "hf_stablespam.trainer",
+        "StabilizeCallback": "hf_stablespam.trainer",
         "StableSPAM": "hf_stablespam.optim",
         "convert_to_4bit": "hf_stablespam.quant",
         "restore_linear": "hf_stablespam.quant",
+        "stabilize": "hf_stablespam.optim",
     },
 )
 

@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from hf_stablespam.trainer.four_bit import FourBitCallback
     from hf_stablespam.trainer.gradient_norm import GradientNormCallback
     from hf_stablespam.trainer.momentum_reset import MomentumResetCallback
+    from hf_stablespam.trainer.stabilize import StabilizeCallback
 
-__all__ = ["FourBitCallback", "GradientNormCallback", "MomentumResetCallback", "register"]
+__all__ = ["FourBitCallback", "GradientNormCallback", "MomentumResetCallback", "StabilizeCallback", "register"]
 
 # Lazily, because registering must not import transformers: a script under the launcher may never need it.
 __getattr__, __dir__ = lazy_attributes(
@@ -19,5 +20,6 @@ __getattr__, __dir__ = lazy_attributes(
         "FourBitCallback": "hf_stablespam.trainer.four_bit",
         "GradientNormCallback": "hf_stablespam.trainer.gradient_norm",
         "MomentumResetCallback": "hf_stablespam.trainer.momentum_reset",
+        "StabilizeCallback": "hf_stablespam.trainer.stabilize",
     },
 )

@@ -29,12 +29,7 @@ def optimizer_cls_and_kwargs(args: "TrainingArguments") -> "tuple[type[StableSPA
     """
     from hf_stablespam.optim import StableSPAM
 
-    if args.max_grad_norm > 0 and args.process_index == 0:
-        logger.warning(
-            "max_grad_norm=%s clips the whole gradient before Stable-SPAM sees it: its own spike clipping then "
-            "works on shrunken gradients and its thresholds follow them. Set max_grad_norm=0.",
-            args.max_grad_norm,
-        )
+    warn_of_global_clipping(args)
     kwargs = {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
@@ -43,6 +38,16 @@ def optimizer_cls_and_kwargs(args: "TrainingArguments") -> "tuple[type[StableSPA
         **parse_optim_args(args.optim_args),
     }
     return StableSPAM, kwargs
+
+
+def warn_of_global_clipping(args: "TrainingArguments") -> None:
+    """Say, once per run, that the Trainer's own clipping takes the spikes away before AdaClip sees them."""
+    if args.max_grad_norm > 0 and args.process_index == 0:
+        logger.warning(
+            "max_grad_norm=%s clips the whole gradient before Stable-SPAM sees it: its own spike clipping then "
+            "works on shrunken gradients and its thresholds follow them. Set max_grad_norm=0.",
+            args.max_grad_norm,
+        )
 
 
 def set_decay_steps(optimizer: "torch.optim.Optimizer", num_training_steps: int) -> None:

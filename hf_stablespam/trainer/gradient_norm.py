@@ -20,9 +20,9 @@ class GradientNormCallback(ReportsFigures, TrainerCallback):
 
     * `gradients/norm`: L2 norm of the whole gradient at the logged step, before the Trainer's own clipping and
       before stabilising; `gradients/norm_mean` and `gradients/norm_max` over the steps since the last log;
-    * with `StableSPAM` also `gradients/stable_norm` (and `_mean`, `_max`), the norm after clipping and normalising,
-      and over the steps since the last log `gradients/clipped` (entries that AdaClip scaled down),
-      `gradients/nonfinite` (tensors skipped for a non-finite gradient) and `gradients/resets`.
+    * with `StableSPAM`, or behind `stabilize`, also `gradients/stable_norm` (and `_mean`, `_max`), the norm after
+      clipping and normalising, and over the steps since the last log `gradients/clipped` (entries that AdaClip
+      scaled down), `gradients/nonfinite` (tensors with a non-finite gradient) and `gradients/resets`.
 
     The figures stay on the device; one transfer per log reads them.
 
@@ -47,7 +47,8 @@ class GradientNormCallback(ReportsFigures, TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        statistics = getattr(unwrap(kwargs["optimizer"]), "statistics", None)
+        optimizer = unwrap(kwargs["optimizer"])
+        statistics = getattr(getattr(optimizer, "stabilizer", optimizer), "statistics", None)
         figures = stable_spam_figures(statistics) if statistics else {}
         if not figures or args.max_grad_norm > 0:
             figures["norm"] = raw_gradient_norm(kwargs["model"])
