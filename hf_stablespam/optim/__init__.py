@@ -1,6 +1,7 @@
 """Optimizers: torch only."""
 
+from hf_stablespam.optim.spam import SPAM
 from hf_stablespam.optim.stabilizer import stabilize
 from hf_stablespam.optim.stable_spam import StableSPAM
 
-__all__ = ["StableSPAM", "stabilize"]
+__all__ = ["SPAM", "StableSPAM", "stabilize"]
