@@ -1,44 +1,65 @@
 """Callbacks that the launcher's flags ask for, on every Trainer that a script builds."""
 
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from hf_stablespam.trainer.after_import import after_import
 
-
-class CallbackOptions(Protocol):
-    """The part of the launcher's options that matters here."""
-
-    @property
-    def four_bit(self) -> str | None: ...
-    @property
-    def gradient_norms(self) -> bool: ...
-    @property
-    def reset_every(self) -> int | None: ...
-    @property
-    def built(self) -> str: ...
+_MARK = "_hf_stablespam"
 
 
-def attach_callbacks(options: CallbackOptions) -> None:
-    """Add the callbacks to every Trainer that is built from now on, and leave word when one was."""
+@dataclass(frozen=True)
+class LaunchOptions:
+    """What the launcher's flags ask for, here and in every process that the script starts.
+
+    Args:
+        four_bit: format of weights and activations of the linear layers, `None` to leave them alone.
+        gradient_norms: attach a `GradientNormCallback`.
+        reset_every: attach a `MomentumResetCallback` with this interval in update steps, `None` for none.
+        built: a file that each process that builds a Trainer creates.
+    """
+
+    four_bit: str | None = None
+    gradient_norms: bool = False
+    reset_every: int | None = None
+    built: str = ""
+
+    @property
+    def flags(self) -> list[str]:
+        """The flags that ask for a callback, as they are written."""
+        wanted = {
+            "--four-bit": self.four_bit is not None,
+            "--gradient-norms": self.gradient_norms,
+            "--reset-every": self.reset_every is not None,
+        }
+        return [flag for flag, is_wanted in wanted.items() if is_wanted]
+
+
+def attach_callbacks(options: LaunchOptions) -> None:
+    """Add the callbacks to every Trainer that is built from now on, and leave word when one was.
+
+    Asked again, for example by a launcher under a launcher, the last options count.
+    """
 
     def wrap(trainer_callback: ModuleType) -> None:
         handler_cls = trainer_callback.CallbackHandler
-        original = handler_cls.__init__
+        original = getattr(handler_cls.__init__, _MARK, handler_cls.__init__)
 
         @functools.wraps(original)
         def __init__(self: Any, callbacks: list[Any], *args: Any, **kwargs: Any) -> None:
             original(self, [*callbacks, *_wanted(options, callbacks)], *args, **kwargs)
             Path(options.built).touch()
 
+        setattr(__init__, _MARK, original)
         handler_cls.__init__ = __init__
 
     after_import("transformers.trainer_callback", wrap)
 
 
-def _wanted(options: CallbackOptions, present: list[Any]) -> list[Any]:
+def _wanted(options: LaunchOptions, present: list[Any]) -> list[Any]:
     """The callbacks that flags ask for; an error where the script has one of that kind already."""
     from hf_stablespam.quant import FourBitConfig
     from hf_stablespam.trainer.four_bit import FourBitCallback

@@ -11,10 +11,10 @@ import os
 import runpy
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from hf_stablespam.trainer.attach import attach_callbacks
+from hf_stablespam.trainer.attach import LaunchOptions, attach_callbacks
 from hf_stablespam.trainer.registration import register
 
 ENVIRONMENT = "HF_STABLESPAM_LAUNCH"
@@ -31,33 +31,6 @@ examples:
   python -m hf_stablespam -m package.train --optim stable_spam
   python -m hf_stablespam $(which trl) sft --optim stable_spam
   torchrun --nproc_per_node 2 -m hf_stablespam train.py --optim stable_spam"""
-
-
-@dataclass(frozen=True)
-class LaunchOptions:
-    """What the launcher's flags ask for, here and in every process that the script starts.
-
-    Args:
-        four_bit: format of weights and activations of the linear layers, `None` to leave them alone.
-        gradient_norms: attach a `GradientNormCallback`.
-        reset_every: attach a `MomentumResetCallback` with this interval in update steps, `None` for none.
-        built: a file that the first process to build a Trainer creates.
-    """
-
-    four_bit: str | None = None
-    gradient_norms: bool = False
-    reset_every: int | None = None
-    built: str = ""
-
-    @property
-    def flags(self) -> list[str]:
-        """The flags that ask for a callback, as they are written."""
-        wanted = {
-            "--four-bit": self.four_bit is not None,
-            "--gradient-norms": self.gradient_norms,
-            "--reset-every": self.reset_every is not None,
-        }
-        return [flag for flag, is_wanted in wanted.items() if is_wanted]
 
 
 def main(arguments: list[str] | None = None) -> int:

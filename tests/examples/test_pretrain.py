@@ -165,7 +165,8 @@ def test_bad_options_are_errors_before_any_training(tmp_path, options, error, me
 def test_an_unknown_size_names_the_known_ones(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train(tmp_path, "--model_size", "7b")
-    assert all(size in capsys.readouterr().err for size in pretrain.SHAPES)
+    message = capsys.readouterr().err
+    assert all(size in message for size in pretrain.SHAPES)
 
 
 def test_the_perplexity_of_a_diverged_run_is_infinite():

@@ -3,11 +3,21 @@
 import pytest
 import torch
 from torch.optim import Adafactor as TorchAdafactor
-from torchao.optim import AdamW8bit
 from transformers.optimization import Adafactor
 
 from hf_stablespam import StableSPAM
 from hf_stablespam.trainer.moments import keeps_moments, reset_moments
+
+
+def bitsandbytes_optimizer(name, params):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: see `make test-versions`")
+    return getattr(bitsandbytes.optim, name)(params, lr=1e-2)
+
+
+def torchao_optimizer(params):
+    torchao = pytest.importorskip("torchao.optim", reason="torchao is not installed: it is in the extra lowbit")
+    return torchao.AdamW8bit(params, lr=1e-2, block_size=64)
+
 
 OPTIMIZERS = {
     "stable_spam": lambda params: StableSPAM(params, lr=1e-2, clip_beta=None, norm_betas=None, reset_interval=None),
@@ -23,7 +33,9 @@ OPTIMIZERS = {
     "adafactor": lambda params: Adafactor(params, lr=1e-2, scale_parameter=False, relative_step=False),
     "adafactor_beta1": lambda params: Adafactor(params, lr=1e-2, beta1=0.9, scale_parameter=False, relative_step=False),
     "torch_adafactor": lambda params: TorchAdafactor(params, lr=1e-2),
-    "torchao_8bit": lambda params: AdamW8bit(params, lr=1e-2, block_size=64),
+    "bitsandbytes_8bit": lambda params: bitsandbytes_optimizer("AdamW8bit", params),
+    "bitsandbytes_32bit": lambda params: bitsandbytes_optimizer("AdEMAMix", params),
+    "torchao_8bit": lambda params: torchao_optimizer(params),
 }
 
 

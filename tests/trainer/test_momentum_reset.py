@@ -148,7 +148,8 @@ def test_nonfinite_norms_are_no_spikes(tmp_path):
 
 def test_the_running_median_has_a_window(tmp_path):
     callback = MomentumResetCallback(on_spike=1e9, spike_window=7)
-    trainer, _ = run(tmp_path, callback)
+    # transformers 4.57 logs the norm only where it clips: here it does, and changes nothing.
+    trainer, _ = run(tmp_path, callback, max_grad_norm=1e9)
     assert callback.norms == pytest.approx([row["grad_norm"] for row in training_logs(trainer)][-7:])
 
 

@@ -2,14 +2,14 @@
 
 import sys
 from importlib.machinery import PathFinder
-from importlib.util import module_from_spec
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 
 _HERE = Path(__file__).parent
 
 
 def _prepare() -> None:
-    if not PathFinder.find_spec("hf_stablespam"):
+    if find_spec("hf_stablespam") is None:
         # Last, so that it hides nothing: the launcher ran from a source tree that this process does not know.
         sys.path.append(str(_HERE.parents[2]))
     from hf_stablespam.trainer.launcher import prepare_child

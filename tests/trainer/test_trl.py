@@ -1,0 +1,127 @@
+"""TRL's trainers and its command line, with the optimizer, 4 bits and the callbacks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_stablespam import FourBitCallback, FourBitLinear, GradientNormCallback, MomentumResetCallback, StableSPAM
+from tests.trainer.helpers import optimizer_of, tiny_llama, training_logs
+
+trl = pytest.importorskip("trl", reason="trl is not installed: it is tested by `make test-versions`")
+
+WORDS = [f"w{i}" for i in range(60)]
+
+
+def tokenizer():
+    words = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    return fast
+
+
+def sentence(start, length=6):
+    return " ".join(WORDS[(start + i) % len(WORDS)] for i in range(length))
+
+
+def options(output_dir, **more):
+    return {
+        "output_dir": str(output_dir),
+        "optim": "stable_spam",
+        "max_grad_norm": 0.0,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        **more,
+    }
+
+
+def base_model(folder):
+    """From a folder, because DPO reads its reference model from where the model came from."""
+    tiny_llama(pad_token_id=0, bos_token_id=1, eos_token_id=1, max_position_embeddings=64).save_pretrained(folder)
+    return LlamaForCausalLM.from_pretrained(folder)
+
+
+def build(kind, tmp_path, **more):
+    common = {
+        "model": base_model(tmp_path / "base"),
+        "processing_class": tokenizer(),
+        "callbacks": [FourBitCallback(), GradientNormCallback(), MomentumResetCallback(every=2)],
+        **more,
+    }
+    if kind == "sft":
+        rows = Dataset.from_dict({"text": [sentence(i) for i in range(16)]})
+        return trl.SFTTrainer(args=trl.SFTConfig(**options(tmp_path)), train_dataset=rows, **common)
+    if kind == "dpo":
+        names = ("prompt", "chosen", "rejected")
+        rows = Dataset.from_dict({name: [sentence(i * k + k) for i in range(16)] for k, name in enumerate(names)})
+        return trl.DPOTrainer(args=trl.DPOConfig(**options(tmp_path)), train_dataset=rows, **common)
+    rows = Dataset.from_dict({"prompt": [sentence(i) for i in range(16)]})
+    args = trl.GRPOConfig(**options(tmp_path, num_generations=4, max_completion_length=8))
+    return trl.GRPOTrainer(args=args, train_dataset=rows, reward_funcs=count_words, **common)
+
+
+def count_words(completions, **kwargs):
+    return [float(len(set(text.split()))) for text in completions]
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
+def test_trains(tmp_path, kind, adapter):
+    more = {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")} if adapter else {}
+    trainer = build(kind, tmp_path, **more)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert isinstance(optimizer_of(trainer), StableSPAM)
+    assert any(isinstance(module, FourBitLinear) for module in trainer.model.modules())
+    named = dict(trainer.model.named_parameters())
+    assert any(not torch.equal(named[name], weight) for name, weight in before.items())
+    assert all(torch.isfinite(named[name]).all() for name in before)
+    rows = training_logs(trainer)
+    assert [row["momentum/resets"] for row in rows] == [0, 1, 0, 1]
+    assert all("gradients/norm" in row for row in rows)
+
+
+@pytest.mark.slow
+def test_the_command_line_under_the_launcher(tmp_path):
+    """`trl sft` parses its arguments in the parent and again in a child that `accelerate launch` starts."""
+    base_model(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "data").mkdir()
+    rows = [json.dumps({"text": sentence(i)}) for i in range(16)]
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(rows))
+    flags = options(tmp_path / "out", model_name_or_path=tmp_path / "base", dataset_name=tmp_path / "data")
+    flags |= {"report_to": "none", "save_strategy": "steps"}
+    command = [sys.executable, "-m", "hf_stablespam", "--gradient-norms", "--four-bit", "int4"]
+    command += [str(Path(sys.executable).parent / "trl"), "sft"]
+    command += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert all(row["gradients/clipped"] >= 0 for row in state["log_history"] if "loss" in row)
