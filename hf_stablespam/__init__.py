@@ -10,13 +10,14 @@ from hf_stablespam._names import lazy_attributes
 from hf_stablespam.trainer.registration import register
 
 if TYPE_CHECKING:
-    from hf_stablespam.optim import StableSPAM, stabilize
+    from hf_stablespam.optim import SPAM, StableSPAM, stabilize
     from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, restore_linear
     from hf_stablespam.trainer import FourBitCallback, GradientNormCallback, MomentumResetCallback, StabilizeCallback
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SPAM",
     "FourBitCallback",
     "FourBitConfig",
     "FourBitLinear",
@@ -38,6 +39,7 @@ __getattr__, __dir__ = lazy_attributes(
         "FourBitLinear": "hf_stablespam.quant",
         "GradientNormCallback": "hf_stablespam.trainer",
         "MomentumResetCallback": "hf_stablespam.trainer",
+        "SPAM": "hf_stablespam.optim",
         "StabilizeCallback": "hf_stablespam.trainer",
         "StableSPAM": "hf_stablespam.optim",
         "convert_to_4bit": "hf_stablespam.quant",

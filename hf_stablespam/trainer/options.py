@@ -29,6 +29,14 @@ def _switch(text: str) -> bool:
     return {"true": True, "false": False}[text.lower()]
 
 
+class Dialect(NamedTuple):
+    """What `optim_args` understands for one optimizer."""
+
+    options: Mapping[str, _Option]
+    aliases: Mapping[str, tuple[str, int | None]]  # other name → our option, and the place in it where it is a pair
+    pair_defaults: Mapping[str, tuple[float, float]] = {}
+
+
 OPTIONS: Mapping[str, _Option] = {
     "clip_beta": _Option(_or_none(float), "a number or none"),
     "norm_betas": _Option(_or_none(_pair), "two numbers joined by a colon, such as 0.7:0.9, or none"),
@@ -48,7 +56,24 @@ ALIASES: Mapping[str, tuple[str, int | None]] = {
     "update_proj_gap": ("reset_interval", None),
     "total_T": ("decay_steps", None),
 }
-_PAIR_DEFAULTS = {"norm_betas": (0.7, 0.9)}
+STABLE_SPAM = Dialect(OPTIONS, ALIASES, {"norm_betas": (0.7, 0.9)})
+
+SPAM = Dialect(
+    options={
+        "threshold": _Option(_or_none(float), "a number or none"),
+        "clip_delay": _Option(int, "an integer"),
+        "reset_interval": _Option(_or_none(int), "an integer or none"),
+        "warmup_steps": _Option(int, "an integer"),
+        "density": _Option(float, "a number"),
+        "seed": _Option(int, "an integer"),
+        "maximize": _Option(_switch, "true or false"),
+    },
+    aliases={
+        "DeltaT": ("reset_interval", None),
+        "update_proj_gap": ("reset_interval", None),
+        "warmup_epoch": ("warmup_steps", None),
+    },
+)
 
 # What has a field of its own in TrainingArguments.
 _FIELDS = {
@@ -59,16 +84,17 @@ _FIELDS = {
 }
 
 
-def parse_optim_args(text: str | None) -> dict[str, Any]:
-    """Read `TrainingArguments.optim_args` for `optim="stable_spam"`.
+def parse_optim_args(text: str | None, dialect: Dialect = STABLE_SPAM) -> dict[str, Any]:
+    """Read `TrainingArguments.optim_args`.
 
     Args:
         text: entries `name=value`, joined by commas; spaces do not matter; `None` or empty gives `{}`. Names
-            are those of `StableSPAM`'s keyword arguments, or an alias of the paper or the official code
+            are those of the optimizer's keyword arguments, or an alias of the paper or the official code
             (gamma1, gamma2, gamma3, update_proj_gap, total_T). `none` switches a part off.
+        dialect: the optimizer's names; default those of `optim="stable_spam"`.
 
     Returns:
-        Keyword arguments of `StableSPAM`: only those that `text` names.
+        Keyword arguments of the optimizer: only those that `text` names.
 
     Raises:
         ValueError: an unknown name, a value that cannot be read, or an option that is given twice.
@@ -83,12 +109,12 @@ def parse_optim_args(text: str | None) -> dict[str, Any]:
         key, equals, value = entry.partition("=")
         if not (key and equals and value):
             raise ValueError(f"optim_args must be name=value entries joined by commas, got {entry!r} in {text!r}")
-        name, place = ALIASES.get(key, (key, None))
+        name, place = dialect.aliases.get(key, (key, None))
         _claim(key, name, place, given)
         if place is None:
-            kwargs[name] = _read(key, value, _known_option(key, name))
+            kwargs[name] = _read(key, value, _known_option(key, name, dialect))
         else:
-            pair = list(kwargs.get(name, _PAIR_DEFAULTS[name]))
+            pair = list(kwargs.get(name, dialect.pair_defaults[name]))
             pair[place] = _read(key, value, _Option(float, "a number"))
             kwargs[name] = tuple(pair)
     return kwargs
@@ -102,14 +128,14 @@ def _claim(key: str, name: str, place: int | None, given: dict[tuple[str, int | 
     given[name, place] = key
 
 
-def _known_option(key: str, name: str) -> _Option:
-    if name in OPTIONS:
-        return OPTIONS[name]
+def _known_option(key: str, name: str, dialect: Dialect) -> _Option:
+    if name in dialect.options:
+        return dialect.options[name]
     if key in _FIELDS:
         raise ValueError(f"optim_args does not take {key!r}; set {_FIELDS[key]} in TrainingArguments instead")
     raise ValueError(
-        f"optim_args has the unknown option {key!r}{nearest(key, [*OPTIONS, *ALIASES])}; "
-        f"known options: {', '.join(OPTIONS)}; aliases: {', '.join(ALIASES)}"
+        f"optim_args has the unknown option {key!r}{nearest(key, [*dialect.options, *dialect.aliases])}; "
+        f"known options: {', '.join(dialect.options)}; aliases: {', '.join(dialect.aliases)}"
     )
 
 

@@ -44,7 +44,7 @@ def test_it_is_the_reference(dtype, density):
     optimizer = SPAM(params, **OPTIONS, density=density)
     rtol, atol = TOLERANCE[dtype]
     if dtype == torch.bfloat16:
-        atol *= 1.5  # thirty roundings of a weight near 2.5, where half a unit in the last place is 0.008
+        atol = 6e-2  # thirty roundings, each up to 8e-3 for a weight near 2.5, add up like a random walk
     clipped = 0
     for row in rows:
         train(params, [row], optimizer)
