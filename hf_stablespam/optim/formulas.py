@@ -47,13 +47,13 @@ def clip_ratio(grad_max: Tensor, threshold: Tensor) -> Tensor:
     return torch.where(grad_max > threshold, threshold / grad_max, torch.ones_like(grad_max))
 
 
-def clip_spikes(grad: Tensor, threshold: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+def clip_spikes(grad: Tensor, threshold: Tensor | float, ratio: Tensor | float) -> tuple[Tensor, Tensor]:
     """AdaClip: scale (not clamp) the entries above the threshold: ``g_i ← g_i·T̂/gmax`` where ``|g_i| > T̂``.
 
     Args:
         grad: ``g``, any shape.
-        threshold: ``T̂``, 0-dimensional.
-        ratio: ``T̂/gmax``, 0-dimensional, from `clip_ratio`.
+        threshold: ``T̂``, a number or 0-dimensional.
+        ratio: ``T̂/gmax`` from `clip_ratio`, a number or 0-dimensional.
 
     Returns:
         The clipped gradient (a new tensor), and the number of clipped entries.

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 AUTO = "auto"
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
@@ -80,6 +82,13 @@ def check_parallel_paths(foreach: bool | None, fused: bool | None) -> None:
         raise ValueError("foreach and fused must not both be True, got foreach=True, fused=True; set one, or neither")
 
 
+def check_state_dtype(value: Any) -> None:
+    """The dtype of Adam's moments: a floating dtype of torch, or ``None`` for the parameter's."""
+    if value is not None and not (isinstance(value, torch.dtype) and value in STATE_DTYPES):
+        names = ", ".join(str(dtype) for dtype in STATE_DTYPES)
+        raise ValueError(f"state_dtype must be one of {names} or None (the parameter's own), got {value!r}")
+
+
 def _check_optional(check: Callable[..., None], name: str, value: Any, part: str) -> None:
     if value is not None:
         check(name, value, f"; None switches {part} off")
@@ -103,6 +112,8 @@ def check_stable_spam(options: dict[str, Any]) -> None:
     check_fraction("decay_floor", options["decay_floor"])
     check_flag("maximize", options["maximize"])
     check_parallel_paths(options["foreach"], options["fused"])
+    check_state_dtype(options["state_dtype"])
+    check_flag("stochastic_rounding", options["stochastic_rounding"])
 
 
 def check_group_names(group: dict[str, Any], known: Iterable[str]) -> None:

@@ -1,32 +1,28 @@
 """What `StableSPAM` does with every part switched off: PyTorch's own AdamW, bit for bit."""
 
-from typing import Any
-
 import torch
-from torch import Tensor
 from torch.optim.adamw import adamw
 
+from hf_stablespam.optim.plan import Batch, Options
 
-def is_plain_adamw(options: dict[str, Any]) -> bool:
+
+def is_plain_adamw(options: Options) -> bool:
     """Whether nothing of Stable-SPAM is left in the options of a parameter group."""
     parts = ("clip_beta", "norm_betas", "reset_interval", "decay_steps")
-    return all(options[part] is None for part in parts)
+    ordinary_storage = options["state_dtype"] is None and not options["stochastic_rounding"]
+    return ordinary_storage and all(options[part] is None for part in parts)
 
 
-def plain_adamw_step(
-    params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], options: dict[str, Any]
-) -> None:
+def plain_adamw_step(batch: Batch, options: Options) -> None:
     """One step of `torch.optim.AdamW` for tensors on the CPU, with its choice of ``foreach`` and ``fused``."""
-    if not params:
-        return
-    torch._foreach_add_([state["step"] for state in states], 1)
+    torch._foreach_add_([state["step"] for state in batch.states], 1)
     adamw(
-        params,
-        grads,
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
+        batch.params,
+        batch.grads,
+        [state["exp_avg"] for state in batch.states],
+        [state["exp_avg_sq"] for state in batch.states],
         [],
-        [state["moment_step"] for state in states],
+        [state["moment_step"] for state in batch.states],
         foreach=options["foreach"],
         fused=options["fused"],
         amsgrad=False,

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from hf_stablespam.optim.options import check_stable_spam
-from hf_stablespam.optim.single_tensor import State, stabilized
+from hf_stablespam.optim.plan import State, Trackers
+from hf_stablespam.optim.single_tensor import stabilized
 
-_TRACKERS = ("step", "clip_max", "norm_mean", "norm_sq")
+_TRACKERS = ("step", "clip_max", "norm_mean", "norm_sq")  # what is saved; the others say nothing without moments
 _PREFIX = "stabilizer_"
 
 
@@ -152,12 +153,11 @@ class Stabilizer:
             found = param.grad
             assert found is not None
             state = self._trackers.setdefault(param, _fresh_trackers(param))
-            grad, trackers, row = stabilized(found, state, self._options)
-            finite = row["nonfinite"] == 0
-            for name, value in trackers.items():
-                state[name].copy_(torch.where(finite, value, state[name]))
+            grad, plan, row = stabilized(found, state, self._options)
+            for name, value in plan.trackers._asdict().items():
+                state[name].copy_(value)
             self._last_step[param], self._found[param] = row, found
-            param.grad = without_nonfinite(grad.to(found.dtype), finite)
+            param.grad = without_nonfinite(grad.to(found.dtype), plan.finite)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for param, grad in self._found.items():
@@ -189,7 +189,9 @@ class Stabilizer:
             saved = {name: state.pop(_PREFIX + name) for name in _TRACKERS if _PREFIX + name in state}
             if len(saved) == len(_TRACKERS):
                 fresh = _fresh_trackers(param)
-                self._trackers[param] = {name: value.fill_(saved[name]) for name, value in fresh.items()}
+                for name, value in saved.items():
+                    fresh[name].fill_(value)
+                self._trackers[param] = fresh
 
 
 def check_stabilize_options(
@@ -203,8 +205,9 @@ def check_stabilize_options(
     options = {"clip_beta": clip_beta, "norm_betas": norm_betas, "eps": eps}
     off = {"reset_interval": None, "decay_steps": None, "decay_floor": 0.5, "maximize": False}
     adam = {"lr": 0.0, "betas": (0.0, 0.0), "weight_decay": 0.0, "foreach": None, "fused": None}
-    check_stable_spam({**options, **off, **adam})
-    return {**options, **off}
+    storage = {"state_dtype": None, "stochastic_rounding": False}
+    check_stable_spam({**options, **off, **adam, **storage})
+    return {**options, **off, "betas": adam["betas"]}
 
 
 def without_nonfinite(grad: Tensor, finite: Tensor) -> Tensor | None:
@@ -216,8 +219,9 @@ def without_nonfinite(grad: Tensor, finite: Tensor) -> Tensor | None:
 
 def _fresh_trackers(param: Tensor) -> State:
     precise = torch.promote_types(param.dtype, torch.float32)
-    dtypes = {"step": torch.float32}
-    return {name: torch.zeros((), dtype=dtypes.get(name, precise), device=param.device) for name in _TRACKERS}
+    counters = ("step", "moment_step", "adopted_at")
+    dtypes = {name: torch.float32 if name in counters else precise for name in Trackers._fields}
+    return {name: torch.zeros((), dtype=dtype, device=param.device) for name, dtype in dtypes.items()}
 
 
 def _innermost(optimizer: Any) -> Any:

@@ -1,6 +1,6 @@
 """The Stable-SPAM optimizer: options, state, dispatch. The mathematics is in `formulas` and its neighbours."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import chain
 from typing import Any, overload
 
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from hf_stablespam.optim.options import check_group_names, check_stable_spam
-from hf_stablespam.optim.plain_adamw import is_plain_adamw, plain_adamw_step
-from hf_stablespam.optim.single_tensor import stabilized, stable_spam_step
+from hf_stablespam.optim.adoption import MOMENTS, adopted, fresh_state
+from hf_stablespam.optim.dispatch import Result, step_group
+from hf_stablespam.optim.options import AUTO, check_group_names, check_stable_spam
+from hf_stablespam.optim.plan import Batch
 
 STATISTICS = (
     "grad_norm",
@@ -22,9 +23,6 @@ STATISTICS = (
     "nonfinite",
     "reset",
 )
-_COUNTERS = ("step", "moment_step")
-_TRACKERS = ("clip_max", "norm_mean", "norm_sq")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class StableSPAM(Optimizer):
@@ -63,7 +61,13 @@ class StableSPAM(Optimizer):
         decay_floor: the last value of ``s``, in [0, 1]. Default 0.5, the official code's.
         maximize: climb instead of descend. Default ``False``.
         foreach: force (``True``) or forbid (``False``) the multi-tensor path. Default ``None``: choose.
-        fused: force or forbid the fused path. Default ``None``: choose.
+        fused: force or forbid the fused path. Default ``None``: choose the fastest that fits device, dtype and layout:
+            fused on the CPU, foreach on CUDA, one tensor after the other for everything else.
+        state_dtype: dtype of ``M`` and ``V``, such as ``torch.float32`` for bfloat16 parameters. Default ``None``: the
+            parameter's. The trackers are float32 (float64 for float64 parameters) whatever it is.
+        stochastic_rounding: round new bfloat16 weights up or down at random, so that on average updates smaller than
+            the distance between two bfloat16 numbers arrive (torch's generator; needs no float32 copy of the
+            weights). Default ``False``: to nearest. Other dtypes are always rounded to nearest.
 
     Raises:
         ValueError: for an option out of its range, a complex parameter, a sparse gradient.
@@ -94,6 +98,8 @@ class StableSPAM(Optimizer):
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -108,9 +114,11 @@ class StableSPAM(Optimizer):
             "maximize": maximize,
             "foreach": foreach,
             "fused": fused,
+            "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
         }
         check_stable_spam(defaults)
-        self._last_step: dict[Tensor, dict[str, Tensor]] = {}
+        self._last_step: list[Result] = []
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -152,14 +160,11 @@ class StableSPAM(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = [(group, self._params_with_grad(group)) for group in self.param_groups]
-        self._last_step = {}
-        for group, params in groups:
-            if is_plain_adamw(group) and not torch.compiler.is_compiling() and all(p.is_cpu for p in params):
-                self._plain_adamw_step(group, params)
-            else:
-                for param in params:
-                    self._last_step[param] = stable_spam_step(param, _grad(param), self.state[param], group)
+        for group in self.param_groups:
+            _check_before_step(group)
+        self._last_step = []
+        for group in self.param_groups:
+            self._last_step += step_group(self._batch(group), group)
         return loss
 
     @torch.no_grad()
@@ -178,7 +183,7 @@ class StableSPAM(Optimizer):
             tensor([0., 0.])
         """
         for state in self.state.values():
-            for name in ("exp_avg", "exp_avg_sq", "moment_step"):
+            for name in (*MOMENTS, "moment_step"):
                 if name in state:
                     state[name].zero_()
 
@@ -197,86 +202,85 @@ class StableSPAM(Optimizer):
         """
         if not self._last_step:
             return {}
-        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        example = next(iter(self._last_step.values()))["grad_norm"]
-        rows = [self._last_step.get(param) for param in params]
-        zero = torch.zeros_like(example)
-        return {name: torch.stack([zero if row is None else row[name].to(zero) for row in rows]) for name in STATISTICS}
+        device = self._last_step[0].statistics["grad_norm"].device
+        seen = [param for result in self._last_step for param in result.params]
+        columns = {
+            name: torch.cat([result.statistics[name].to(device) for result in self._last_step]) for name in STATISTICS
+        }
+        # without a gradient: an entry past the end of what was seen, where a zero is put
+        position = {param: index for index, param in enumerate(seen)}
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        order = torch.tensor([position.get(param, len(seen)) for param in params], device=device)
+        return {name: torch.cat([column, column.new_zeros(1)])[order] for name, column in columns.items()}
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state saved by `state_dict`, with every tensor in the dtype in which it was saved.
+        """Load a state saved by `state_dict`, or by `torch.optim.AdamW`; every tensor keeps its dtype.
 
-        As with every torch optimizer the saved `param_groups` replace the options given to the constructor.
+        As with every torch optimizer the saved `param_groups` replace the options given to the constructor; options
+        that were not saved keep their values. A run of AdamW is continued from its step and with its moments, and
+        one line of the log says so (see `hf_stablespam.optim.adoption`; its step count is read back to the host once).
 
         Args:
             state_dict: what `state_dict` returned.
 
         Raises:
-            ValueError: if a parameter's state lacks what the next step needs.
+            ValueError: if a parameter's state lacks what the next step needs, naming it.
         """
-        _check_states(state_dict["state"])
-        super().load_state_dict(state_dict)
+        loaded: dict[str, Any] = {}
+
+        def prepare(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(adopted(state_dict, self.param_groups))
+            return loaded
+
+        # torch casts what it loads to the parameter's dtype: bfloat16 trackers would stall, counters lose digits
+        hooks = [
+            self.register_load_state_dict_pre_hook(prepare),
+            self.register_load_state_dict_post_hook(lambda _: self._restore_dtypes(loaded), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for saved_id, param in zip(saved_ids, params, strict=True):
+        pairs = [(param, group) for group in self.param_groups for param in group["params"]]
+        for saved_id, (param, group) in zip(saved_ids, pairs, strict=True):
             if saved_id in state_dict["state"]:
-                fresh, saved = self._fresh_state(param), state_dict["state"][saved_id]
+                fresh, saved = fresh_state(param, group["state_dtype"]), state_dict["state"][saved_id]
                 self.state[param] = {name: fresh[name].copy_(saved[name]) for name in fresh}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._last_step = {}
+        self._last_step = []
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
 
-    def _params_with_grad(self, group: dict[str, Any]) -> list[Tensor]:
-        """Parameters that this step updates, with their state; nothing is changed before all are checked."""
-        if group["decay_steps"] == "auto":
+    def _batch(self, group: dict[str, Any]) -> Batch:
+        """The parameters that this step updates, with their states, which begin to exist here."""
+        batch = Batch([], [], [])
+        for param in group["params"]:
+            if param.grad is not None and param.numel() > 0:
+                if not self.state[param]:
+                    self.state[param] = fresh_state(param, group["state_dtype"])
+                batch.params.append(param)
+                batch.grads.append(param.grad)
+                batch.states.append(self.state[param])
+        return batch
+
+
+def _check_before_step(group: dict[str, Any]) -> None:
+    if group["decay_steps"] == AUTO:
+        raise ValueError(
+            "decay_steps must be a number of update steps or None when step() is called, got 'auto'; "
+            "the Trainer puts the run's number in, elsewhere pass it yourself"
+        )
+    for param in group["params"]:
+        if param.grad is not None and (layout := param.grad.layout) != torch.strided:
             raise ValueError(
-                "decay_steps must be a number of update steps or None when step() is called, got 'auto'; "
-                "the Trainer puts the run's number in, elsewhere pass it yourself"
-            )
-        params = [param for param in group["params"] if param.grad is not None and param.numel() > 0]
-        for param in params:
-            if (layout := _grad(param).layout) != torch.strided:
-                raise ValueError(
-                    f"gradients must be dense, got {layout} for a parameter of shape {tuple(param.shape)}; "
-                    "build the embedding with sparse=False"
-                )
-        for param in params:
-            if not self.state[param]:
-                self.state[param] = self._fresh_state(param)
-        return params
-
-    @staticmethod
-    def _fresh_state(param: Tensor) -> dict[str, Tensor]:
-        """Counters in float32 as torch keeps them, trackers in float32 or better, moments like the parameter."""
-        precise = torch.promote_types(param.dtype, torch.float32)
-        state = {name: torch.zeros((), dtype=torch.float32, device=param.device) for name in _COUNTERS}
-        state |= {name: torch.zeros((), dtype=precise, device=param.device) for name in _TRACKERS}
-        state |= {name: torch.zeros_like(param, memory_format=torch.preserve_format) for name in _MOMENTS}
-        return state
-
-    def _plain_adamw_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        for param in params:
-            self._last_step[param] = stabilized(_grad(param), self.state[param], group)[-1]
-        finite = [param for param in params if not self._last_step[param]["nonfinite"]]
-        plain_adamw_step(finite, [_grad(p) for p in finite], [self.state[p] for p in finite], group)
-
-
-def _grad(param: Tensor) -> Tensor:
-    assert param.grad is not None, "called for parameters that have a gradient"
-    return param.grad
-
-
-def _check_states(states: dict[Any, dict[str, Any]]) -> None:
-    needed = (*_COUNTERS, *_TRACKERS, *_MOMENTS)
-    for index, state in states.items():
-        missing: Iterable[str] = [name for name in needed if name not in state]
-        if missing:
-            raise ValueError(
-                f"the state of parameter {index} must hold {', '.join(needed)}, but lacks {', '.join(missing)}; "
-                "it was saved by another optimizer, so begin a new run from the weights alone"
+                f"gradients must be dense, got {layout} for a parameter of shape {tuple(param.shape)}; "
+                "build the embedding with sparse=False"
             )

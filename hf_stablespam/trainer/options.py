@@ -29,6 +29,12 @@ def _switch(text: str) -> bool:
     return {"true": True, "false": False}[text.lower()]
 
 
+def _dtype(text: str) -> object:
+    import torch  # not at import: registering must not load it
+
+    return {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}[text]
+
+
 class Dialect(NamedTuple):
     """What `optim_args` understands for one optimizer."""
 
@@ -46,6 +52,8 @@ OPTIONS: Mapping[str, _Option] = {
     "maximize": _Option(_switch, "true or false"),
     "foreach": _Option(_or_none(_switch), "true, false or none"),
     "fused": _Option(_or_none(_switch), "true, false or none"),
+    "state_dtype": _Option(_or_none(_dtype), "float32, bfloat16, float16 or none"),
+    "stochastic_rounding": _Option(_switch, "true or false"),
 }
 
 # The names of the paper and of the official code → our option, and the place in it where it is a pair.

@@ -1,6 +1,7 @@
 """`optim_args`: what is read, and the error of everything that is not."""
 
 import pytest
+import torch
 
 from hf_stablespam.trainer.options import ALIASES, OPTIONS, parse_optim_args
 
@@ -18,6 +19,8 @@ from hf_stablespam.trainer.options import ALIASES, OPTIONS, parse_optim_args
         ("decay_steps=20000,decay_floor=0.25", {"decay_steps": 20000, "decay_floor": 0.25}),
         ("decay_steps=none,maximize=True", {"decay_steps": None, "maximize": True}),
         ("foreach=false,fused=none", {"foreach": False, "fused": None}),
+        ("state_dtype=bfloat16,stochastic_rounding=true", {"state_dtype": torch.bfloat16, "stochastic_rounding": True}),
+        ("state_dtype=none", {"state_dtype": None}),
         ("gamma1=0.8", {"norm_betas": (0.8, 0.9)}),
         ("gamma2=0.99,gamma1=0.8", {"norm_betas": (0.8, 0.99)}),
         (
@@ -34,7 +37,7 @@ def test_reads(text, expected):
     ("text", "message"),
     [
         ("clip_bata=0.9", r"unknown option 'clip_bata' \(did you mean 'clip_beta'\?\); known options: clip_beta, norm"),
-        ("zzz=1", "unknown option 'zzz'; known options: .*fused; aliases: gamma1, gamma2, gamma3"),
+        ("zzz=1", "unknown option 'zzz'; known options: .*fused, .*; aliases: gamma1, gamma2, gamma3"),
         ("clip_beta=high", "clip_beta must be a number or none, got 'high'"),
         ("norm_betas=0.7", "norm_betas must be two numbers joined by a colon, such as 0.7:0.9, or none, got '0.7'"),
         ("norm_betas=0.7:0.9:0.9", "norm_betas must be two numbers joined by a colon"),
@@ -42,6 +45,7 @@ def test_reads(text, expected):
         ("decay_steps=soon", "decay_steps must be an integer, auto or none, got 'soon'"),
         ("decay_floor=none", "decay_floor must be a number, got 'none'"),
         ("fused=maybe", "fused must be true, false or none, got 'maybe'"),
+        ("state_dtype=int8", "state_dtype must be float32, bfloat16, float16 or none, got 'int8'"),
         ("gamma1=none", "gamma1 must be a number, got 'none'"),
         ("update_proj_gap=x", "update_proj_gap must be an integer or none, got 'x'"),
         ("clip_beta", "must be name=value entries joined by commas, got 'clip_beta'"),

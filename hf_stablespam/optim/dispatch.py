@@ -1,0 +1,90 @@
+"""Which path updates which tensor: loop, foreach, fused, or PyTorch's own AdamW where nothing else is asked for."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_stablespam.optim.fused_cpu import fused_cpu_step
+from hf_stablespam.optim.multi_tensor import foreach_step
+from hf_stablespam.optim.pieces import share_layout
+from hf_stablespam.optim.plain_adamw import is_plain_adamw, plain_adamw_step
+from hf_stablespam.optim.plan import Batch, Options, State
+from hf_stablespam.optim.single_tensor import stabilized, stable_spam_step
+
+FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Result(NamedTuple):
+    """Statistics of some parameters, each a vector with one entry per parameter."""
+
+    params: list[Tensor]
+    statistics: dict[str, Tensor]
+
+
+Path = Callable[[Batch, Options], dict[str, Tensor]]
+
+
+def step_group(batch: Batch, options: Options) -> list[Result]:
+    """Update the parameters of one group, each by the fastest path that fits it.
+
+    Args:
+        batch: parameters, dense gradients, states.
+        options: the parameter group.
+
+    Raises:
+        RuntimeError: if the fused path is forced for a device that has none.
+    """
+    sets: dict[tuple[Path, torch.device, torch.dtype], list[int]] = {}
+    for index, (param, grad, state) in enumerate(zip(*batch, strict=True)):
+        path = choose_path(param, grad, state, options)
+        sets.setdefault((path, param.device, param.dtype), []).append(index)
+    parts = [(path, batch.pick(indices)) for (path, _, _), indices in sets.items()]
+    return [Result(part.params, path(part, options)) for path, part in parts]
+
+
+def choose_path(param: Tensor, grad: Tensor, state: State, options: Options) -> Path:
+    """The path for one tensor, from the options ``fused`` and ``foreach``, its device, its dtype and its layout."""
+    if torch.compiler.is_compiling():
+        return loop_step
+    if param.is_cpu and is_plain_adamw(options):
+        return plain_step
+    fused, foreach = options["fused"], options["foreach"]
+    if fused and not param.is_cpu:
+        raise RuntimeError(f"fused=True needs parameters on the CPU, got one on {param.device}; leave fused=None")
+    if not is_plain_tensor(param, grad):
+        return loop_step
+    wants_fused = fused or (fused is None and not foreach)
+    if wants_fused and _fits_fused_cpu([param, grad, state["exp_avg"], state["exp_avg_sq"]]):
+        return fused_cpu_step
+    if foreach or (foreach is None and param.is_cuda):
+        return foreach_step
+    return loop_step
+
+
+def _fits_fused_cpu(tensors: list[Tensor]) -> bool:
+    return tensors[0].is_cpu and tensors[0].dtype in FUSED_DTYPES and share_layout(tensors)
+
+
+def is_plain_tensor(*tensors: Tensor) -> bool:
+    """Whether these are ordinary tensors with memory of their own, not `DTensor` or another subclass."""
+    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+
+
+def loop_step(batch: Batch, options: Options) -> dict[str, Tensor]:
+    """One tensor after the other: the path for everything the others do not take."""
+    return _stacked([stable_spam_step(*tensors, options) for tensors in zip(*batch, strict=True)])
+
+
+def plain_step(batch: Batch, options: Options) -> dict[str, Tensor]:
+    """Nothing of Stable-SPAM is switched on: `torch.optim.AdamW` for the tensors whose gradient is finite."""
+    rows = [stabilized(grad, state, options)[-1] for _, grad, state in zip(*batch, strict=True)]
+    finite = [index for index, row in enumerate(rows) if not row["nonfinite"]]
+    if finite:
+        plain_adamw_step(batch.pick(finite), options)
+    return _stacked(rows)
+
+
+def _stacked(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

@@ -1,0 +1,87 @@
+"""Tensors cut into pieces that stay in a processor's cache, and scratch memory for them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PIECE = 1 << 18  # entries: 1 MiB of float32
+BLOCK = 1 << 10  # entries that share one maximum
+BUCKET = 1 << 22  # entries whose gradients, 16 MiB, stay in a last-level cache
+
+
+class Piece(NamedTuple):
+    """Some consecutive entries of one gradient."""
+
+    owner: int  # index of the tensor in the bucket
+    part: int  # index of the piece in the tensor
+    grad: Tensor  # (entries,)
+    first_block: int  # index of its first block in the bucket
+
+
+class Scratch:
+    """Working memory for one piece in each role, reused throughout a step."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._memory: dict[str, Tensor] = {}
+
+    def take(self, role: str, entries: int, offset: int = 0) -> Tensor:
+        """``entries`` numbers of working memory, not initialised."""
+        if role not in self._memory:
+            self._memory[role] = torch.empty(PIECE, dtype=self.dtype)
+        return self._memory[role][offset : offset + entries]
+
+    def widened(self, role: str, value: Tensor, offset: int = 0) -> Tensor:
+        """``value`` itself if it has the working dtype, else a copy that has."""
+        return value if value.dtype == self.dtype else self.take(role, value.numel(), offset).copy_(value)
+
+
+def share_layout(tensors: list[Tensor]) -> bool:
+    """Whether the tensors fill memory without gaps or overlaps and in the same order, so that they can be flattened."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return True
+    strides = tensors[0].stride()
+    return _is_gapless(tensors[0]) and all(tensor.stride() == strides for tensor in tensors)
+
+
+def _is_gapless(tensor: Tensor) -> bool:
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def flat_view(tensor: Tensor) -> Tensor:
+    """The entries of a gapless tensor in the order of memory, as a vector that shares their memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def split(flat: Tensor) -> tuple[Tensor, ...]:
+    """Pieces of at most ``PIECE`` entries; all but the last are made of whole blocks."""
+    whole = flat.numel() - flat.numel() % BLOCK
+    sizes = [PIECE] * (whole // PIECE) + [rest for rest in (whole % PIECE, flat.numel() - whole) if rest]
+    return flat.split(sizes)
+
+
+def as_blocks(piece: Tensor) -> Tensor:
+    """A piece as rows of ``BLOCK`` entries, or as one row where it is the short rest of a tensor."""
+    return piece.view(-1, BLOCK) if piece.numel() % BLOCK == 0 else piece.view(1, -1)
+
+
+def buckets(sizes: list[int], limit: int) -> list[range]:
+    """Consecutive indices whose sizes add up to ``limit`` at most; what is larger stands alone.
+
+    Example:
+        >>> buckets([3, 4, 9, 1, 1], 8)
+        [range(0, 2), range(2, 3), range(3, 5)]
+    """
+    starts, filled = [], limit + 1
+    for index, size in enumerate(sizes):
+        if filled + size > limit:
+            starts.append(index)
+            filled = 0
+        filled += size
+    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(sizes)], strict=True)]
