@@ -1,24 +1,25 @@
 #!/usr/bin/env bash
-# The Trainer's tests under each supported transformers, each in a virtual environment of its own, with what is too
-# large or too new for `make test` beside the newest. Usage: tests/versions.sh [FOLDER of the environments]
+# The Trainer's tests under each supported transformers, each in a virtual environment of its own; under the newest
+# also what is too large for `make test`. Usage: tests/versions.sh [FOLDER for the environments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-.venv-versions}
 python=${PYTHON:-python3}
+mkdir -p "$folder"
 
-# VERSION [further packages]; what transformers itself pins tightly must not come from our constraints.
+# NAME CONSTRAINTS PACKAGE...
 run() {
-    local version=$1 env="$folder/transformers-$1"
-    shift
+    local name=$1 constraints=$2 env=$folder/$1
+    shift 2
     [ -x "$env/bin/python" ] || "$python" -m venv "$env"
-    mkdir -p "$folder"
-    grep -vE '^(transformers|huggingface[-_]hub|tokenizers|hf[-_]xet)\b' constraints.txt >"$folder/constraints-$version.txt"
-    "$env/bin/python" -m pip --disable-pip-version-check install --quiet -c "$folder/constraints-$version.txt" \
-        "transformers==$version" -e '.[lowbit]' pytest tensorboard "$@"
-    echo "== transformers $version"
-    OMP_NUM_THREADS=1 PATH="$PWD/$env/bin:$PATH" "$env/bin/python" -m pytest tests/trainer tests/monitor
+    "$env/bin/python" -m pip --disable-pip-version-check install --quiet -c "$constraints" \
+        -e '.[lowbit]' pytest tensorboard "$@"
+    echo "== $name"
+    OMP_NUM_THREADS=1 PATH="$(realpath "$env")/bin:$PATH" "$env/bin/python" -m pytest tests/trainer tests/monitor
 }
 
-run 4.57.6
-run 5.0.0
-run "$(sed -n 's/^transformers==\([0-9.]*\).*/\1/p' constraints.txt)" trl optuna bitsandbytes
+# An older transformers brings its own company: of our pins only those hold that it does not care about.
+grep -E '^(torch|torchao|accelerate|tensorboard)==' constraints.txt >"$folder/constraints.txt"
+run oldest "$folder/constraints.txt" transformers==4.57.6
+run first-5 "$folder/constraints.txt" transformers==5.0.0
+run newest constraints.txt transformers trl optuna bitsandbytes

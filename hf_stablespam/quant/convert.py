@@ -155,11 +155,13 @@ def _note_in_config(model: nn.Module, note: dict | None) -> None:
 
 def _why_nothing(model: nn.Module, config: FourBitConfig) -> str:
     """The rest of the message for a model without a layer to convert."""
-    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    if linears:
-        return (
-            f"all {len(linears)} nn.Linear layers are excluded by target_modules={config.target_modules!r},"
-            f" modules_to_not_convert={config.modules_to_not_convert!r} or keep_last_blocks={config.keep_last_blocks}"
-        )
-    others = ", ".join(left_alone(model)) or "no weight matrix at all"
-    return f"the model has no nn.Linear, only {others}; other kinds of layers (GPT-2's Conv1D) are not supported"
+    linears = sum(type(module) is nn.Linear for module in model.modules())
+    others = [text for text in left_alone(model) if not text.endswith("(Linear)")]
+    unsupported = f"other kinds of layers are not supported: {', '.join(others)}" if others else ""
+    if not linears:
+        return f"the model has no nn.Linear; {unsupported or 'it has no weight matrix at all'}"
+    excluded = (
+        f"nn.Linear layers: {linears}, all excluded by target_modules={config.target_modules!r},"
+        f" modules_to_not_convert={config.modules_to_not_convert!r} or keep_last_blocks={config.keep_last_blocks}"
+    )
+    return f"{excluded}; {unsupported}" if unsupported else excluded

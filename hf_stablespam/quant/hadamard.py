@@ -6,21 +6,29 @@ so the product stays the same, while a single large number is spread over its bl
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
+_made: dict[tuple, Tensor] = {}
 
-@lru_cache(maxsize=64)
+
+@torch.compiler.assume_constant_result
 def _matrix(size: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(size, size) orthogonal: a diagonal of random signs times the Hadamard matrix over the root of `size`."""
+    key = (size, seed, dtype, device)
+    if key not in _made:
+        with torch.inference_mode(False):
+            _made[key] = _make(size, seed).to(dtype=dtype, device=device)
+    return _made[key]
+
+
+def _make(size: int, seed: int) -> Tensor:
     hadamard = torch.ones(1, 1, dtype=torch.float64)
     while hadamard.shape[0] < size:
         hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (size, 1), generator=generator) * 2 - 1
-    return (signs * hadamard / size**0.5).to(dtype=dtype, device=device)
+    return signs * hadamard / size**0.5
 
 
 def hadamard_transform(x: Tensor, size: int, seed: int = 0, inverse: bool = False) -> Tensor:

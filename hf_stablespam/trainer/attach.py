@@ -4,9 +4,12 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_stablespam.trainer.after_import import after_import
+
+if TYPE_CHECKING:
+    from hf_stablespam.quant import FourBitConfig
 
 _MARK = "_hf_stablespam"
 
@@ -59,17 +62,26 @@ def attach_callbacks(options: LaunchOptions) -> None:
     after_import("transformers.trainer_callback", wrap)
 
 
+def four_bit_config(name: str) -> "FourBitConfig":
+    """The configuration that the one word after `--four-bit` stands for.
+
+    Weights and activations share the format, but for `int4_asym`: a zero point is of use for weights, and
+    activations keep the symmetric grid, as in the paper.
+    """
+    from hf_stablespam.quant import FourBitConfig
+
+    return FourBitConfig(weight=name, activation="int4" if name == "int4_asym" else name)
+
+
 def _wanted(options: LaunchOptions, present: list[Any]) -> list[Any]:
     """The callbacks that flags ask for; an error where the script has one of that kind already."""
-    from hf_stablespam.quant import FourBitConfig
     from hf_stablespam.trainer.four_bit import FourBitCallback
     from hf_stablespam.trainer.gradient_norm import GradientNormCallback
     from hf_stablespam.trainer.momentum_reset import MomentumResetCallback
 
     wanted: dict[str, Any] = {}
     if options.four_bit is not None:
-        config = FourBitConfig(weight=options.four_bit, activation=options.four_bit)
-        wanted["--four-bit"] = FourBitCallback(config)
+        wanted["--four-bit"] = FourBitCallback(four_bit_config(options.four_bit))
     if options.gradient_norms:
         wanted["--gradient-norms"] = GradientNormCallback()
     if options.reset_every is not None:

@@ -27,8 +27,7 @@ class GradientNormCallback(ReportsFigures, TrainerCallback):
     The figures stay on the device; one transfer per log reads them.
 
     Example:
-        >>> from transformers import Trainer
-        >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[GradientNormCallback()])  # doctest: +SKIP
+        >>> callbacks = [GradientNormCallback()]  # for Trainer(..., callbacks=callbacks), with any optimizer
     """
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from hf_stablespam.trainer.attach import LaunchOptions, attach_callbacks
+from hf_stablespam.trainer.attach import LaunchOptions, attach_callbacks, four_bit_config
 from hf_stablespam.trainer.registration import register
 
 ENVIRONMENT = "HF_STABLESPAM_LAUNCH"
@@ -97,10 +97,8 @@ def _run(script: str, arguments: list[str], *, is_module: bool) -> None:
 
 
 def _check_format(name: str, parser: argparse.ArgumentParser) -> None:
-    from hf_stablespam.quant import FourBitConfig
-
     try:
-        FourBitConfig(weight=name, activation=name)
+        four_bit_config(name)
     except ValueError as error:
         parser.error(f"--four-bit: {error}")
 

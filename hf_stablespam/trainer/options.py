@@ -29,10 +29,10 @@ def _switch(text: str) -> bool:
     return {"true": True, "false": False}[text.lower()]
 
 
-def _dtype(text: str) -> object:
-    import torch  # not at import: registering must not load it
+def _float_dtype(text: str) -> object:
+    import torch  # here, because registering must not import it
 
-    return {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}[text]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[text.lower()]
 
 
 class Dialect(NamedTuple):
@@ -52,7 +52,7 @@ OPTIONS: Mapping[str, _Option] = {
     "maximize": _Option(_switch, "true or false"),
     "foreach": _Option(_or_none(_switch), "true, false or none"),
     "fused": _Option(_or_none(_switch), "true, false or none"),
-    "state_dtype": _Option(_or_none(_dtype), "float32, bfloat16, float16 or none"),
+    "state_dtype": _Option(_or_none(_float_dtype), "float32, bfloat16, float16 or none"),
     "stochastic_rounding": _Option(_switch, "true or false"),
 }
 

@@ -19,7 +19,7 @@ def register() -> None:
         >>> from hf_stablespam import register
         >>> register()
         >>> from transformers import TrainingArguments
-        >>> TrainingArguments(output_dir="out", optim="stable_spam", max_grad_norm=0).optim.value
+        >>> TrainingArguments("out", optim="stable_spam", max_grad_norm=0, report_to="none").optim.value
         'stable_spam'
     """
     after_import("transformers.training_args", _add_optimizer_name)

@@ -22,6 +22,8 @@ def main():
     from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
     (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+    if args.dataloader_num_workers:
+        torch.multiprocessing.set_start_method("spawn")
     config = LlamaConfig(
         vocab_size=32,
         hidden_size=16,

@@ -68,7 +68,6 @@ def test_a_module_without_callbacks_and_with_spawned_workers(tmp_path):
         cwd=SCRIPT.parent,
         flags={
             "dataloader_num_workers": 1,
-            "dataloader_multiprocessing_context": "spawn",
             "per_device_train_batch_size": 4,
         },
     )

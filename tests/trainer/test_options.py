@@ -20,7 +20,6 @@ from hf_stablespam.trainer.options import ALIASES, OPTIONS, parse_optim_args
         ("decay_steps=none,maximize=True", {"decay_steps": None, "maximize": True}),
         ("foreach=false,fused=none", {"foreach": False, "fused": None}),
         ("state_dtype=bfloat16,stochastic_rounding=true", {"state_dtype": torch.bfloat16, "stochastic_rounding": True}),
-        ("state_dtype=none", {"state_dtype": None}),
         ("gamma1=0.8", {"norm_betas": (0.8, 0.9)}),
         ("gamma2=0.99,gamma1=0.8", {"norm_betas": (0.8, 0.99)}),
         (
@@ -44,8 +43,8 @@ def test_reads(text, expected):
         ("reset_interval=1.5", "reset_interval must be an integer or none, got '1.5'"),
         ("decay_steps=soon", "decay_steps must be an integer, auto or none, got 'soon'"),
         ("decay_floor=none", "decay_floor must be a number, got 'none'"),
-        ("fused=maybe", "fused must be true, false or none, got 'maybe'"),
         ("state_dtype=int8", "state_dtype must be float32, bfloat16, float16 or none, got 'int8'"),
+        ("fused=maybe", "fused must be true, false or none, got 'maybe'"),
         ("gamma1=none", "gamma1 must be a number, got 'none'"),
         ("update_proj_gap=x", "update_proj_gap must be an integer or none, got 'x'"),
         ("clip_beta", "must be name=value entries joined by commas, got 'clip_beta'"),

@@ -1,0 +1,84 @@
+"""The examples beside pretraining: each runs to its end with `--smoke`, on its embedded data or on a file."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import classify
+import monitor_adamw
+import plain_trainer
+import pytest
+import rescue
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+QUIET = ["--smoke", "--report_to", "none", "--disable_tqdm", "True", "--use_cpu", "True"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "data.txt"
+    path.write_text("".join(f"line {i}: {i} times {i + 1} is {i * (i + 1)}, and that is it\n" for i in range(4000)))
+    return ["--dataset_name", str(path)]
+
+
+def logs(folder):
+    rows = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [row for row in rows if "loss" in row]
+
+
+def test_monitoring_adamw(tmp_path, text, capsys):
+    monitor_adamw.main(["--output_dir", str(tmp_path), *QUIET, *text])
+    assert [row["step"] for row in logs(tmp_path)] == [2, 4]
+    assert all(row["gradients/norm_max"] >= row["gradients/norm_mean"] > 0 for row in logs(tmp_path))
+    assert not [key for key in logs(tmp_path)[0] if "clipped" in key]
+    assert capsys.readouterr().out.rstrip().splitlines()[-1].split()[0] == "4"
+
+
+def test_rescuing_an_adamw_run(tmp_path, text, capsys):
+    """Both halves, and then the second half alone, from the checkpoint that the first left."""
+    rescue.main(["--output_dir", str(tmp_path / "first"), *QUIET, *text])
+    checkpoint = tmp_path / "first" / "adamw"
+    rescue.main(["--output_dir", str(tmp_path / "second"), *QUIET, *text, "--checkpoint", str(checkpoint)])
+    first, second = [line for line in capsys.readouterr().out.splitlines() if "at the checkpoint" in line]
+    assert first.split(" at the")[0] == second.split(" at the")[0]
+    assert not (tmp_path / "second" / "adamw").exists()
+
+
+def test_sequence_classification(tmp_path):
+    classify.main(["--output_dir", str(tmp_path), *QUIET])
+    assert 0 <= json.loads((tmp_path / "eval_results.json").read_text())["eval_accuracy"] <= 1
+
+
+def test_supervised_fine_tuning(tmp_path):
+    pytest.importorskip("trl", reason="trl is not installed: it is tested by `make test-versions`")
+    import finetune_lora
+
+    finetune_lora.main(["--output_dir", str(tmp_path), *QUIET])
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert all(row["gradients/norm"] > 0 for row in logs(tmp_path))
+
+
+def test_docstrings_become_prompts_and_completions():
+    pytest.importorskip("trl", reason="trl is not installed: it is tested by `make test-versions`")
+    from finetune_lora import functions_with_docstrings
+
+    source = 'def f(a, b=1):\n    """Add them.\n\n    More."""\n\ndef g():\n    pass\n'
+    assert functions_with_docstrings(source) == [{"prompt": "def f(a, b=1):\n", "completion": "Add them."}]
+
+
+def test_the_plain_script_knows_nothing_of_us(tmp_path):
+    source = (EXAMPLES / "plain_trainer.py").read_text()
+    assert not [line for line in source.splitlines() if "import" in line and "stablespam" in line]
+    plain_trainer.main(["--output_dir", str(tmp_path), *QUIET, "--logging_steps", "1"])
+    assert len(logs(tmp_path)) == 5
+
+
+@pytest.mark.slow
+def test_the_plain_script_under_the_launcher(tmp_path):
+    command = [sys.executable, "-m", "hf_stablespam", "--four-bit", "int4", "--gradient-norms"]
+    command += [str(EXAMPLES / "plain_trainer.py"), "--output_dir", str(tmp_path), *QUIET, "--logging_steps", "1"]
+    command += ["--optim", "stable_spam", "--max_grad_norm", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=EXAMPLES.parent)
+    assert done.returncode == 0, done.stderr
+    assert all("gradients/clipped" in row for row in logs(tmp_path))
