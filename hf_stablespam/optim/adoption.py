@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_stablespam.optim.low_bit import fits, zero_moments
+
 logger = logging.getLogger(__name__)
 
 COUNTERS = ("step", "moment_step", "adopted_at")
@@ -22,12 +24,14 @@ _ADAMW_NAMES = {"step", *MOMENTS}
 _ADAMW_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize", "initial_lr", "params", "param_names")
 
 
-def fresh_state(param: Tensor, state_dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Zeros: counters in float32 as torch keeps them, trackers in float32 or better, moments like the parameter."""
+def fresh_state(param: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
+    """Zeros: counters in float32 as torch keeps them, trackers in float32 or better, moments as the options say."""
     precise = torch.promote_types(param.dtype, torch.float32)
     state = {name: torch.zeros((), dtype=torch.float32, device=param.device) for name in COUNTERS}
     state |= {name: torch.zeros((), dtype=precise, device=param.device) for name in TRACKERS}
-    dtype, layout = state_dtype or param.dtype, torch.preserve_format
+    if fits(param, options["state_bits"]):
+        return state | zero_moments(param.shape, options["state_bits"], param.device)
+    dtype, layout = options["state_dtype"] or param.dtype, torch.preserve_format
     return state | {name: torch.zeros_like(param, dtype=dtype, memory_format=layout) for name in MOMENTS}
 
 

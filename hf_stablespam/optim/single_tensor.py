@@ -7,6 +7,7 @@ the same.
 import torch
 from torch import Tensor
 
+from hf_stablespam.optim import low_bit
 from hf_stablespam.optim.formulas import clip_spikes, safe_norm
 from hf_stablespam.optim.plan import (
     Clipping,
@@ -40,8 +41,8 @@ def stable_spam_step(param: Tensor, grad: Tensor, state: State, options: Options
     exp_avg, exp_avg_sq, weight = adam(param.to(grad.dtype), grad, state, plan, options)
     for name, value in plan.trackers._asdict().items():
         state[name].copy_(value)
-    for target, value in ((state["exp_avg"], exp_avg), (state["exp_avg_sq"], exp_avg_sq)):
-        target.copy_(torch.where(plan.finite, value.to(target.dtype), target))
+    low_bit.write(state["exp_avg"], exp_avg, plan.finite)
+    low_bit.write(state["exp_avg_sq"], exp_avg_sq, plan.finite)
     store(param, torch.where(plan.finite, weight, param), stochastic=options["stochastic_rounding"])
     return statistics
 
@@ -72,8 +73,8 @@ def _clip(
 def adam(weight: Tensor, grad: Tensor, state: State, plan: Plan, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """MoRet and AdamW: the new ``M``, ``V`` and weight, in the dtype of the stabilised gradient."""
     lr, beta2 = options["lr"], options["betas"][1]
-    exp_avg = plan.beta1 * (state["exp_avg"].to(grad.dtype) * plan.carry) + (1 - plan.beta1) * grad
-    old_sq = state["exp_avg_sq"].to(grad.dtype) * plan.carry * plan.carry
+    exp_avg = plan.beta1 * (low_bit.read(state["exp_avg"], grad.dtype) * plan.carry) + (1 - plan.beta1) * grad
+    old_sq = low_bit.read(state["exp_avg_sq"], grad.dtype) * plan.carry * plan.carry
     exp_avg_sq = beta2 * old_sq + (1 - beta2) * grad.square()
     root = (exp_avg_sq / plan.correction2).sqrt() + options["eps"]
     weight = weight * (1 - lr * options["weight_decay"]) - lr * (exp_avg / plan.correction1) / root

@@ -205,7 +205,7 @@ def check_stabilize_options(
     options = {"clip_beta": clip_beta, "norm_betas": norm_betas, "eps": eps}
     off = {"reset_interval": None, "decay_steps": None, "decay_floor": 0.5, "maximize": False}
     adam = {"lr": 0.0, "betas": (0.0, 0.0), "weight_decay": 0.0, "foreach": None, "fused": None}
-    storage = {"state_dtype": None, "stochastic_rounding": False}
+    storage = {"state_dtype": None, "stochastic_rounding": False, "state_bits": 32}
     check_stable_spam({**options, **off, **adam, **storage})
     return {**options, **off, "betas": adam["betas"]}
 

@@ -10,6 +10,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_stablespam.optim.adoption import MOMENTS, adopted, fresh_state
 from hf_stablespam.optim.dispatch import Result, step_group
+from hf_stablespam.optim.low_bit import clear
 from hf_stablespam.optim.options import AUTO, check_group_names, check_stable_spam
 from hf_stablespam.optim.plan import Batch
 
@@ -68,6 +69,9 @@ class StableSPAM(Optimizer):
         stochastic_rounding: round new bfloat16 weights up or down at random, so that on average updates smaller than
             the distance between two bfloat16 numbers arrive (torch's generator; needs no float32 copy of the
             weights). Default ``False``: to nearest. Other dtypes are always rounded to nearest.
+        state_bits: 8 or 4 to keep ``M`` and ``V`` in so many bits with a scale per block (2.03 and 1.06 bytes per
+            parameter; extra ``lowbit``, which is torchao). Default 32: as ``state_dtype`` says. Tensors of fewer than
+            4096 entries, or not of whole blocks of 256 (128), are kept in full. One tensor is updated after the other.
 
     Raises:
         ValueError: for an option out of its range, a complex parameter, a sparse gradient.
@@ -100,6 +104,7 @@ class StableSPAM(Optimizer):
         fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
+        state_bits: int = 32,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -116,6 +121,7 @@ class StableSPAM(Optimizer):
             "fused": fused,
             "state_dtype": state_dtype,
             "stochastic_rounding": stochastic_rounding,
+            "state_bits": state_bits,
         }
         check_stable_spam(defaults)
         self._last_step: list[Result] = []
@@ -185,7 +191,7 @@ class StableSPAM(Optimizer):
         for state in self.state.values():
             for name in (*MOMENTS, "moment_step"):
                 if name in state:
-                    state[name].zero_()
+                    clear(state[name])
 
     @property
     def statistics(self) -> dict[str, Tensor]:
@@ -249,7 +255,7 @@ class StableSPAM(Optimizer):
         pairs = [(param, group) for group in self.param_groups for param in group["params"]]
         for saved_id, (param, group) in zip(saved_ids, pairs, strict=True):
             if saved_id in state_dict["state"]:
-                fresh, saved = fresh_state(param, group["state_dtype"]), state_dict["state"][saved_id]
+                fresh, saved = fresh_state(param, group), state_dict["state"][saved_id]
                 self.state[param] = {name: fresh[name].copy_(saved[name]) for name in fresh}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -265,7 +271,7 @@ class StableSPAM(Optimizer):
         for param in group["params"]:
             if param.grad is not None and param.numel() > 0:
                 if not self.state[param]:
-                    self.state[param] = fresh_state(param, group["state_dtype"])
+                    self.state[param] = fresh_state(param, group)
                 batch.params.append(param)
                 batch.grads.append(param.grad)
                 batch.states.append(self.state[param])

@@ -54,6 +54,7 @@ OPTIONS: Mapping[str, _Option] = {
     "fused": _Option(_or_none(_switch), "true, false or none"),
     "state_dtype": _Option(_or_none(_float_dtype), "float32, bfloat16, float16 or none"),
     "stochastic_rounding": _Option(_switch, "true or false"),
+    "state_bits": _Option(int, "an integer"),
 }
 
 # The names of the paper and of the official code → our option, and the place in it where it is a pair.
