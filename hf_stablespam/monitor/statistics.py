@@ -1,18 +1,12 @@
-"""Figures of a training step as tensors on the device, gathered between two logs and read in one transfer."""
+"""Figures of training steps, gathered on the device between two reports and read in one transfer."""
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-# Figure → what is reported of it: the last step's value, or one over the steps since the last report.
-REPORTED: Mapping[str, tuple[str, ...]] = {
-    "norm": ("last", "mean", "max"),
-    "stable_norm": ("last", "mean", "max"),
-    "clipped": ("sum",),
-    "nonfinite": ("sum",),
-    "resets": ("sum",),
-}
+from hf_stablespam.monitor.figures import FIGURES, Parts, label
 
 
 def global_norm(gradients: Iterable[Tensor]) -> Tensor:
@@ -25,64 +19,81 @@ def global_norm(gradients: Iterable[Tensor]) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def stable_spam_figures(statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Figures of the whole model from `StableSPAM.statistics`, each a 0-dim tensor.
-
-    Args:
-        statistics: name → one entry per parameter, of the last step.
-
-    Returns:
-        `norm` and `stable_norm` (gradient before and after stabilising), `clipped` (entries above their
-        threshold), `nonfinite` (tensors with a non-finite gradient), `resets` (1 if moments were reset).
-    """
-    return {
-        "norm": torch.linalg.vector_norm(statistics["grad_norm"]),
-        "stable_norm": torch.linalg.vector_norm(statistics["stable_norm"]),
-        "clipped": statistics["clipped"].sum(),
-        "nonfinite": statistics["nonfinite"].sum(),
-        "resets": statistics["reset"].amax(),
-    }
-
-
 class Window:
     """Figures of the steps since the last report, kept on the device.
 
+    A value that is not finite (a norm of a gradient with `nan`) is no part of means and maxima, and a figure that
+    would not be finite is left out of the report: `nan` is no JSON. The figure `nonfinite` counts such gradients.
+
+    Args:
+        parts: the whole model and its parts.
+
     Example:
-        >>> window = Window()
+        >>> window = Window(Parts(["weight"], [6], None, torch.device("cpu")))
         >>> for norm in (1.0, 4.0, 1.0):
-        ...     window.add({"norm": torch.tensor(norm)})
-        >>> window.take()
+        ...     window.add({"norm": torch.tensor([norm])})
+        >>> window.take()[0]
         {'norm': 1.0, 'norm_mean': 2.0, 'norm_max': 4.0}
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._clear()
+
+    def _clear(self) -> None:
         self._steps = 0
-        self._kept: dict[tuple[str, str], Tensor] = {}
+        self._figures: tuple[str, ...] = ()
+        self._kept: dict[str, Tensor] = {}  # each (figures, parts)
 
     def add(self, figures: Mapping[str, Tensor]) -> None:
-        """Take in the figures of one step (0-dim tensors, names of `REPORTED`)."""
+        """Take in one step: names of `FIGURES`, each with one value per tensor (N,); the same names at each step."""
+        combined = {name: self._parts.combine(name, values) for name, values in figures.items()}
+        if "update_norm" in combined:
+            combined["update_ratio"] = combined["update_norm"] / combined["weight_norm"]
+        values = torch.stack(list(combined.values()))
+        finite = values.isfinite()
+        new = {
+            "sum": torch.where(finite, values, 0.0),
+            "max": torch.where(finite, values, -torch.inf),
+            "count": finite.float(),
+        }
+        if self._kept:
+            new = {
+                "sum": self._kept["sum"] + new["sum"],
+                "max": torch.maximum(self._kept["max"], new["max"]),
+                "count": self._kept["count"] + new["count"],
+            }
+        self._kept = {"last": values, **new}
+        self._figures = tuple(combined)
         self._steps += 1
-        for name, value in figures.items():
-            for kind in REPORTED[name]:
-                before = self._kept.get((name, kind))
-                self._kept[name, kind] = value if before is None else _combine(kind, before, value)
 
-    def take(self) -> dict[str, float]:
-        """The figures since the last call as Python numbers, in one transfer; empty where there were none."""
-        if not self._kept:
-            return {}
-        device = next(iter(self._kept.values())).device
-        values = torch.stack([value.to(device, torch.float32) for value in self._kept.values()]).tolist()
+    def take(self, extra: Tensor | None = None) -> tuple[dict[str, float], list[float]]:
+        """The figures since the last call as Python numbers by their names in the report, in one transfer.
+
+        Args:
+            extra: another vector (E,) to be read in the same transfer.
+
+        Returns:
+            The figures (empty where there were no steps), and the numbers of `extra`.
+        """
+        tensors = [tensor.flatten() for tensor in (*self._kept.values(), *(() if extra is None else (extra,)))]
+        if not tensors:
+            return {}, []
+        values = torch.cat([tensor.to(tensors[0].device, torch.float32) for tensor in tensors]).tolist()
+        width = len(self._figures) * len(self._parts.names)
+        kept = {kind: values[i * width : (i + 1) * width] for i, kind in enumerate(self._kept)}
+        report = self._report(kept) if self._kept else {}
+        self._clear()
+        return report, values[len(values) - (0 if extra is None else extra.numel()) :]
+
+    def _report(self, kept: Mapping[str, list[float]]) -> dict[str, float]:
         report = {}
-        for (name, kind), value in zip(self._kept, values, strict=True):
-            label = name if kind in ("last", "sum") else f"{name}_{kind}"
-            report[label] = value / self._steps if kind == "mean" else value
-        self._steps = 0
-        self._kept = {}
+        for part, name in enumerate(self._parts.names):
+            for row, figure in enumerate(self._figures):
+                place = row * len(self._parts.names) + part
+                found = {kind: column[place] for kind, column in kept.items()}
+                found["mean"] = found["sum"] / found["count"] if found["count"] else math.nan
+                found["share"] = found["sum"] / (self._parts.entries[part] * self._steps)
+                kinds = FIGURES[figure].part if name else FIGURES[figure].whole
+                report |= {label(figure, kind, name): found[kind] for kind in kinds if math.isfinite(found[kind])}
         return report
-
-
-def _combine(kind: str, before: Tensor, value: Tensor) -> Tensor:
-    if kind == "last":
-        return value
-    return torch.maximum(before, value) if kind == "max" else before + value

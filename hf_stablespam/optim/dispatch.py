@@ -1,7 +1,6 @@
 """Which path updates which tensor: loop, foreach, fused, or PyTorch's own AdamW where nothing else is asked for."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,17 +10,10 @@ from hf_stablespam.optim.low_bit import is_low_bit
 from hf_stablespam.optim.multi_tensor import foreach_step
 from hf_stablespam.optim.pieces import share_layout
 from hf_stablespam.optim.plain_adamw import is_plain_adamw, plain_adamw_step
-from hf_stablespam.optim.plan import Batch, Options, State
+from hf_stablespam.optim.plan import Batch, Options, Result, State
 from hf_stablespam.optim.single_tensor import stabilized, stable_spam_step
 
 FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-class Result(NamedTuple):
-    """Statistics of some parameters, each a vector with one entry per parameter."""
-
-    params: list[Tensor]
-    statistics: dict[str, Tensor]
 
 
 Path = Callable[[Batch, Options], dict[str, Tensor]]

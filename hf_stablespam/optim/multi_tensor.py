@@ -42,37 +42,54 @@ def foreach_step(batch: Batch, options: Options) -> dict[str, Tensor]:
 
 def _bucket_step(batch: Batch, options: Options) -> dict[str, Tensor]:
     old = stack_trackers(batch.states)
-    work = [grad.to(old.clip_max.dtype, copy=True) for grad in batch.grads]
-    if options["maximize"]:
-        torch._foreach_neg_(work)
-    grad_max = torch.stack(torch._foreach_max(torch._foreach_abs(work)))
-    grad_norm = _norms(work, grad_max)
+    work = working_copies(batch.grads, old.clip_max.dtype, options)
+    grad_max = maxima(work)
+    grad_norm = norms(work, grad_max)
     clipping = plan_clipping(old, grad_max, options)
-    work, clipped, norm = _clip(work, grad_max, grad_norm, clipping, options)
+    work, clipped, norm = clip(work, grad_max, grad_norm, clipping, options)
     plan = plan_adam(old, clipping, grad_norm, norm, options)
     store_trackers(batch.states, plan.trackers)
-    for grad in work:
-        grad.nan_to_num_(0, 0, 0)  # a tensor that is passed over; its factor is 0
-    torch._foreach_mul_(work, plan.factor.unbind())
-    _adam(batch.params, work, batch.states, plan, options)
+    update(batch, work, plan, options)
     return step_statistics(grad_norm, grad_max, clipping, clipped, norm, plan)
 
 
-def _norms(work: list[Tensor], grad_max: Tensor) -> Tensor:
+def working_copies(grads: list[Tensor], dtype: torch.dtype, options: Options) -> list[Tensor]:
+    """Gradients in the dtype of the statistics, to be changed at will, in the direction of descent."""
+    work = [grad.to(dtype, copy=True) for grad in grads]
+    if options["maximize"]:
+        torch._foreach_neg_(work)
+    return work
+
+
+def maxima(work: list[Tensor]) -> Tensor:
+    """``max|g|`` of each tensor."""
+    return torch.stack(torch._foreach_max(torch._foreach_abs(work)))
+
+
+def norms(work: list[Tensor], grad_max: Tensor) -> Tensor:
     """`safe_norm` of each tensor."""
     scale = torch.where(grad_max > 0, grad_max, 1)
     return scale * torch.stack(torch._foreach_norm(torch._foreach_div(work, scale.unbind())))
 
 
-def _clip(
+def clip(
     work: list[Tensor], grad_max: Tensor, grad_norm: Tensor, clipping: Clipping, options: Options
 ) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The clipped gradients, how many entries were clipped in each, and their norms."""
     if options["clip_beta"] is None:
         return work, torch.zeros_like(grad_norm), grad_norm
     limits = zip(work, clipping.threshold.unbind(), clipping.ratio.unbind(), strict=True)
     clipped = [clip_spikes(*limit) for limit in limits]
     work = [grad for grad, _ in clipped]
-    return work, torch.stack([count for _, count in clipped]), _norms(work, grad_max)
+    return work, torch.stack([count for _, count in clipped]), norms(work, grad_max)
+
+
+def update(batch: Batch, work: list[Tensor], plan: Plan, options: Options) -> None:
+    """AdaGN's factor, MoRet and AdamW, on the clipped gradients."""
+    for grad in work:
+        grad.nan_to_num_(0, 0, 0)  # a tensor that is passed over; its factor is 0
+    torch._foreach_mul_(work, plan.factor.unbind())
+    _adam(batch.params, work, batch.states, plan, options)
 
 
 def _adam(params: list[Tensor], grads: list[Tensor], states: list[State], plan: Plan, options: Options) -> None:

@@ -31,6 +31,13 @@ class Batch(NamedTuple):
         return Batch(params, grads, states)
 
 
+class Result(NamedTuple):
+    """Statistics of some parameters, each a vector with one entry per parameter."""
+
+    params: list[Tensor]
+    statistics: dict[str, Tensor]
+
+
 class Trackers(NamedTuple):
     """The small state of a tensor (or of many, stacked), under its names in `StableSPAM.state`."""
 

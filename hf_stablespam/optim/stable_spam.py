@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_stablespam.optim.adoption import MOMENTS, adopted, fresh_state
-from hf_stablespam.optim.dispatch import Result, step_group
+from hf_stablespam.optim.dispatch import step_group
 from hf_stablespam.optim.low_bit import clear
 from hf_stablespam.optim.options import AUTO, check_group_names, check_stable_spam
-from hf_stablespam.optim.plan import Batch
+from hf_stablespam.optim.plan import Batch, Result
+from hf_stablespam.optim.sharded import set_sharded_apart, sharded_step
 
 STATISTICS = (
     "grad_norm",
@@ -168,9 +169,11 @@ class StableSPAM(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             _check_before_step(group)
-        self._last_step = []
-        for group in self.param_groups:
-            self._last_step += step_group(self._batch(group), group)
+        batches = [(self._batch(group), group) for group in self.param_groups]
+        batches, sharded = set_sharded_apart(batches)
+        self._last_step = sharded_step(sharded)
+        for batch, group in batches:
+            self._last_step += step_group(batch, group)
         return loss
 
     @torch.no_grad()

@@ -204,13 +204,13 @@ def _quantizer(config: FourBitConfig, operand: str) -> Quantizer | None:
         return None
     format: Format = get_format(name, operand)
     outliers = {"weight": config.weight_outliers, "activation": config.activation_outliers or 0, "gradient": 0}
-    rounded = operand == "weight" and format.scale is ScaleKind.REAL and config.scale_dtype != "float32"
+    stored = operand == "weight" and format.scale is ScaleKind.REAL
     return Quantizer(
         format,
         group_size=format.block or config.group_size,
         outliers=outliers[operand],
         stochastic=operand == "gradient" and config.gradient_rounding == "stochastic",
-        scale_dtype=getattr(torch, config.scale_dtype) if rounded else None,
+        scale_dtype=getattr(torch, config.scale_dtype) if stored else None,
         square=operand == "weight" and config.weight_block == "2d",
         scale_rule=config.mx_scale_rule,
         four_over_six=config.four_over_six and format.scale is ScaleKind.E4M3,

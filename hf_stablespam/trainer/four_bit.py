@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_stablespam.quant import FourBitConfig, convert_to_4bit
+from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit
+from hf_stablespam.quant.checks import check_packable
 
 
 class FourBitCallback(TrainerCallback):
@@ -17,8 +20,12 @@ class FourBitCallback(TrainerCallback):
 
     Args:
         config: formats and which layers; default `FourBitConfig()`.
+        export: write a packed 4-bit checkpoint when training ends: True for the folder ``4bit`` in `output_dir`, or
+            the folder to write to. What cannot be packed is an error before training.
+        leave_unpackable: with `export`: store layers whose rows the group does not divide unpacked instead of raising.
 
     Raises:
+        TypeError: `config` is something else.
         ValueError: from `convert_to_4bit`, for example when the model has no linear layer.
 
     Example:
@@ -27,18 +34,48 @@ class FourBitCallback(TrainerCallback):
         'int4'
     """
 
-    def __init__(self, config: FourBitConfig | None = None) -> None:
+    def __init__(
+        self,
+        config: FourBitConfig | None = None,
+        *,
+        export: bool | str | os.PathLike[str] = False,
+        leave_unpackable: bool = False,
+    ) -> None:
         if config is not None and not isinstance(config, FourBitConfig):
             raise TypeError(f"config must be a FourBitConfig, got {type(config).__name__}; use FourBitConfig(...)")
         self.config = config or FourBitConfig()
+        self.export = export
+        self.leave_unpackable = leave_unpackable
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
     ) -> None:
         if model is not None:
             convert_to_4bit(model, self.config)
+            if self.export:
+                check_packable(model, leave_unpackable=self.leave_unpackable)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
     ) -> None:
         convert_to_4bit(model, self.config)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        processing_class: Any = None,
+        **others: Any,
+    ) -> None:
+        if not self.export:
+            return
+        directory = Path(str(args.output_dir), "4bit") if self.export is True else Path(self.export)
+        export_4bit(
+            model,
+            directory,
+            processing_class,
+            leave_unpackable=self.leave_unpackable,
+            is_main_process=state.is_world_process_zero,
+        )

@@ -8,11 +8,11 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hf_stablespam.trainer import clip_watch
-from hf_stablespam.trainer.gradient_norm import raw_gradient_norm
+from hf_stablespam.trainer import accelerator_watch
 from hf_stablespam.trainer.moments import keeps_moments, reset_moments, unwrap
 from hf_stablespam.trainer.options import SPAM, STABLE_SPAM, parse_optim_args
-from hf_stablespam.trainer.reporting import ReportsFigures, add_to_logs, is_training_log
+from hf_stablespam.trainer.reporting import ReportsFigures, add_to_logs, is_training_log, report_before_others
+from hf_stablespam.trainer.step_figures import raw_gradient_norm
 
 PREFIX = "momentum/"
 _FEWEST_NORMS = 5  # a median of fewer says nothing about what is usual
@@ -28,6 +28,9 @@ class MomentumResetCallback(ReportsFigures, TrainerCallback, ExportableState):
 
     After a reset the i-th step trains with `min(1, i / warmup_steps)` times the learning rate of whatever schedule
     the Trainer runs; the schedule itself does not notice. The `learning_rate` in the logs is the one trained with.
+
+    Making one wraps `CallbackHandler.on_log`, so that the figures come before the reporting integrations, and
+    `Accelerator.clip_grad_norm_`, for the norm before clipping.
 
     Args:
         every: reset at each step that this number of update steps divides, before the step's gradient enters the
@@ -59,6 +62,8 @@ class MomentumResetCallback(ReportsFigures, TrainerCallback, ExportableState):
         spike_window: int = 100,
         spike_pause: int = 100,
     ) -> None:
+        report_before_others()
+        accelerator_watch.watch()
         self.every = None if every is None else _integer("every", every, 1, "None switches it off")
         self.at = sorted({_integer("at", step, 1, "steps count from 1") for step in _listed(at)})
         self.on_spike = _spike_factor(on_spike)
@@ -108,7 +113,7 @@ class MomentumResetCallback(ReportsFigures, TrainerCallback, ExportableState):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        clip_watch.forget()
+        accelerator_watch.forget(kwargs["optimizer"])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -132,7 +137,7 @@ class MomentumResetCallback(ReportsFigures, TrainerCallback, ExportableState):
                 group["lr"] = lr
             self._schedule_lrs = None
         if self.on_spike is not None and self._is_spike(
-            float(raw_gradient_norm(kwargs["model"])), state.global_step + 1
+            float(raw_gradient_norm(kwargs["model"], kwargs["optimizer"])), state.global_step + 1
         ):
             self.last_spike = state.global_step + 1
             self._reset(kwargs["optimizer"])

@@ -3,9 +3,8 @@
 from types import ModuleType
 from typing import Any
 
-from hf_stablespam.trainer import clip_watch, factory
+from hf_stablespam.trainer import factory
 from hf_stablespam.trainer.after_import import after_import
-from hf_stablespam.trainer.reporting import move_reporters_back
 
 
 def register() -> None:
@@ -25,7 +24,6 @@ def register() -> None:
     after_import("transformers.training_args", _add_optimizer_name)
     after_import("transformers.trainer", _teach_trainer)
     after_import("transformers.trainer_callback", _teach_callback_handler)
-    after_import("accelerate.accelerator", _watch_clipping)
 
 
 def _add_optimizer_name(training_args: ModuleType) -> None:
@@ -41,11 +39,6 @@ def _teach_trainer(trainer: ModuleType) -> None:
 
 def _teach_callback_handler(trainer_callback: ModuleType) -> None:
     factory.wrap_callback_handler(trainer_callback.CallbackHandler)
-    move_reporters_back(trainer_callback.CallbackHandler)
-
-
-def _watch_clipping(accelerator: ModuleType) -> None:
-    clip_watch.watch(accelerator.Accelerator)
 
 
 def _add_member(enum: Any, value: str) -> None:

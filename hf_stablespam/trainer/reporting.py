@@ -4,31 +4,35 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from transformers.trainer_callback import CallbackHandler
+
 _MARK = "_hf_stablespam"
 
 
 class ReportsFigures:
-    """Mixin of callbacks that add figures to `logs`; they run before every other callback."""
+    """Mixin of callbacks that add figures to `logs`. Their constructors call `report_before_others`."""
 
 
-def move_reporters_back(handler_cls: Any) -> None:
-    """Make a `CallbackHandler` class put `ReportsFigures` callbacks first. Twice is harmless.
+def report_before_others() -> None:
+    """Make `CallbackHandler.on_log` call the `ReportsFigures` callbacks first. Twice is harmless.
 
     The Trainer runs the reporting integrations before the user's callbacks, so what those add to `logs` would
-    reach the printer and nothing else.
+    reach the printer and nothing else. The other callbacks keep their order.
     """
-    original = handler_cls.add_callback
-    if getattr(original, _MARK, False):
-        return
+    if not hasattr(CallbackHandler.on_log, _MARK):
+        CallbackHandler.on_log = _sorted_first(CallbackHandler.on_log)  # type: ignore[method-assign]
 
+
+def _sorted_first(original: Any) -> Any:
+    # When it logs and not when a callback is added: by then the first of ours may be under construction.
     @functools.wraps(original)
-    def add_callback(self: Any, callback: Any) -> None:
-        original(self, callback)
-        if isinstance(self.callbacks[-1], ReportsFigures):
-            self.callbacks.insert(0, self.callbacks.pop())
+    def on_log(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # A new list: this may be called from a callback, while the handler goes through its list.
+        self.callbacks = sorted(self.callbacks, key=lambda callback: not isinstance(callback, ReportsFigures))
+        return original(self, *args, **kwargs)
 
-    setattr(add_callback, _MARK, True)
-    handler_cls.add_callback = add_callback
+    setattr(on_log, _MARK, True)
+    return on_log
 
 
 def is_training_log(logs: Mapping[str, Any]) -> bool:

@@ -1,0 +1,98 @@
+"""One 4-bit weight → the tensors that compressed-tensors stores for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_stablespam.quant.formats import ScaleKind
+from hf_stablespam.quant.quantizer import Quantizer, quantize
+from hf_stablespam.quant.scales import E4M3
+
+# Group sizes that vLLM's fast INT4 kernels know, besides whole rows.
+KERNEL_GROUPS = (32, 64, 128)
+# Zero points count from the lowest code there, which is -8.
+LOWEST_CODE = -8
+
+
+def compressed_tensors_scheme(quantizer: Quantizer, activation: str | None) -> Any:
+    """The `QuantizationScheme` of `nn.Linear` layers with weights made by `quantizer`.
+
+    Args:
+        quantizer: of the weight.
+        activation: ``"nvfp4"`` or ``"mxfp4"`` to let the engine quantize the inputs too; None: weights only.
+    """
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
+
+    format = quantizer.format
+    if format.scale is ScaleKind.REAL:
+        arguments = QuantizationArgs(
+            num_bits=4,
+            type="int",
+            strategy="group",
+            group_size=quantizer.group_size,
+            symmetric=not format.zero_point,
+            dynamic=False,
+        )
+        scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
+    else:
+        preset = format.name.upper() + ("" if activation else "A16")
+        scheme = preset_name_to_scheme(preset, ["Linear"])
+    scheme.format = format.packing
+    return scheme
+
+
+def pack_weight(weight: Tensor, quantizer: Quantizer, amax: Tensor | None, scheme: Any) -> dict[str, Tensor]:
+    """The packed tensors of one weight, by their names in the checkpoint.
+
+    Args:
+        weight: (out, in), the master weight.
+        quantizer: as in training.
+        amax: see `quantize`.
+        scheme: from `compressed_tensors_scheme`.
+    """
+    from compressed_tensors.compressors import BaseCompressor
+
+    parts = quantize(weight, quantizer, amax)
+    scale, block_scale, whole, zero = parts.scale, parts.block_scale, parts.tensor_scale, parts.zero
+    tensors = {"weight": parts.dequantize().float()}
+    if block_scale is not None and whole is not None:
+        tensors["weight_scale"] = block_scale.squeeze(-1)
+        tensors["weight_global_scale"] = stored_multiplier(whole).reshape(1)
+    elif quantizer.format.scale is ScaleKind.REAL and quantizer.scale_dtype is not None:
+        tensors["weight_scale"] = scale.squeeze(-1).to(quantizer.scale_dtype)
+    else:
+        tensors["weight_scale"] = scale.squeeze(-1)
+    if zero is not None:
+        tensors["weight_zero_point"] = (zero.squeeze(-1) + LOWEST_CODE).to(torch.int8)
+    return BaseCompressor.get_value_from_registry(scheme.format).compress(tensors, scheme)
+
+
+def stored_multiplier(whole: Tensor) -> Tensor:
+    """NVFP4's global scale as checkpoints store it: the inverse of `tensor_scale`.
+
+    A reader divides by it where training multiplied, which may differ in the last bit of float32; in one tensor of
+    twenty thousand a bfloat16 weight then rounds differently. Such a multiplier is moved to its neighbour.
+
+    Raises:
+        RuntimeError: no number near the inverse gives the same bfloat16 weights.
+    """
+    stored = torch.arange(8, 127, dtype=torch.uint8, device=whole.device).view(E4M3).float()  # all normal scales
+    codes = torch.tensor([0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=whole.device).unsqueeze(1)
+    trained = (codes * (whole * stored)).bfloat16()
+    inverse = (1.0 / whole).reshape(())
+    for distance in (0, 1, -1, 2, -2, 3, -3, 4, -4):
+        multiplier = (inverse.view(torch.int32) + distance).view(torch.float32)
+        if torch.equal((codes * (stored / multiplier)).bfloat16(), trained):
+            return multiplier
+    raise RuntimeError(
+        f"no multiplier near {float(inverse):.9g} reproduces the trained NVFP4 weights in bfloat16; train one more"
+        " step, so that the largest weight changes, and export again"
+    )
+
+
+def fitting_groups(width: int) -> list[int]:
+    """Group sizes from 16 to 256 that divide `width`, largest first."""
+    return [size for size in range(256, 15, -1) if width % size == 0]

@@ -1,0 +1,132 @@
+"""A checkpoint of the Trainer → a packed 4-bit checkpoint, also from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit
+from hf_stablespam.quant.convert import CONFIG_KEY
+from hf_stablespam.quant.formats import FORMATS
+
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+
+
+def export_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    config: FourBitConfig | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    leave_unpackable: bool = False,
+) -> None:
+    """Pack the weights of a checkpoint that was trained in 4 bits.
+
+    How it was trained stands in the checkpoint's ``config.json``, where `convert_to_4bit` leaves a note. The weights
+    there are ordinary high-precision ones; packing puts them on the grid that training used.
+
+    Args:
+        checkpoint: folder written by the Trainer or by `save_pretrained`.
+        output: folder to write to; another than `checkpoint`.
+        config: formats and which layers, instead of those noted in the checkpoint.
+        dtype: see `export_4bit`.
+        leave_unpackable: see `export_4bit`.
+
+    Raises:
+        FileNotFoundError: the folder has no ``config.json``.
+        ValueError: the checkpoint has no note and no `config` was given, or `export_4bit` refuses the model.
+
+    Example:
+        >>> export_checkpoint("runs/llama/checkpoint-500", "llama-4bit")  # doctest: +SKIP
+    """
+    folder, target = Path(checkpoint), Path(output)
+    if folder.resolve() == target.resolve():
+        raise ValueError(f"output must be another folder than the checkpoint, got {str(target)!r} for both")
+    written = _read_config(folder)
+    config = config or noted_config(folder)
+    model = _model_class(written, folder).from_pretrained(folder, dtype=torch.float32)
+    model = model.to(getattr(torch, written.get("dtype") or written.get("torch_dtype") or "float32"))
+    tokenizer: Any = None
+    if any((folder / name).exists() for name in TOKENIZER_FILES):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    convert_to_4bit(model, config)
+    export_4bit(model, target, tokenizer, dtype=dtype, leave_unpackable=leave_unpackable)
+
+
+def noted_config(checkpoint: str | os.PathLike[str]) -> FourBitConfig:
+    """The configuration that a checkpoint was trained with.
+
+    Raises:
+        FileNotFoundError: the folder has no ``config.json``.
+        ValueError: the checkpoint was not trained in 4 bits.
+    """
+    note = _read_config(Path(checkpoint)).get(CONFIG_KEY)
+    if note is None:
+        raise ValueError(
+            f"{checkpoint} was not trained in 4 bits: its config.json has no {CONFIG_KEY!r}; train with"
+            " FourBitCallback, or give the format to round the weights to (--weight int4)"
+        )
+    return FourBitConfig.from_dict(note)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m hf_stablespam export CHECKPOINT OUT``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hf_stablespam export",
+        description="Pack a checkpoint that was trained in 4 bits (compressed-tensors format).",
+    )
+    parser.add_argument("checkpoint", help="folder written by the Trainer")
+    parser.add_argument("output", help="folder to write the packed checkpoint to")
+    parser.add_argument("--weight", choices=list(FORMATS), help="format, instead of the one it was trained with")
+    parser.add_argument("--group_size", type=int, help="group size, instead of the one it was trained with")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the rest")
+    parser.add_argument(
+        "--leave_unpackable", action="store_true", help="store layers that cannot be packed unpacked, do not stop"
+    )
+    options = parser.parse_args(arguments)
+    config = None
+    if options.weight or options.group_size:
+        changes = {name: getattr(options, name) for name in ("weight", "group_size") if getattr(options, name)}
+        has_note = CONFIG_KEY in _read_config(Path(options.checkpoint))
+        base = noted_config(options.checkpoint) if has_note else FourBitConfig(activation=None)
+        config = replace(base, **changes)
+    export_checkpoint(
+        options.checkpoint,
+        options.output,
+        config,
+        dtype=getattr(torch, options.dtype),
+        leave_unpackable=options.leave_unpackable,
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds a PEFT adapter, which cannot be packed by itself; load it on its base model, merge it with"
+            " merge_and_unload(), save the result, and export that"
+        )
+    path = folder / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} has no config.json; give a folder that the Trainer or save_pretrained wrote")
+    return json.loads(path.read_text())
+
+
+def _model_class(written: dict[str, Any], folder: Path) -> Any:
+    """The class that the checkpoint's config names."""
+    if "quantization_config" in written:
+        raise ValueError(f"{folder} is quantized already; give the checkpoint that the Trainer wrote")
+    names = written.get("architectures") or ["none"]
+    if not hasattr(transformers, names[0]):
+        raise ValueError(
+            f"architectures in {folder}/config.json must name a class of transformers, got {names[0]!r}; load the model"
+            " yourself and call export_4bit"
+        )
+    return getattr(transformers, names[0])

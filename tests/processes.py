@@ -1,0 +1,56 @@
+"""Several gloo processes on the CPU, for the tests of what is distributed."""
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from filelock import FileLock
+
+TIMEOUT = timedelta(minutes=3)
+
+
+def run_processes(world_size: int, function: Callable[..., None], *arguments: object) -> None:
+    """Call `function(*arguments)` in `world_size` new processes that know of each other as under torchrun.
+
+    The function must be importable; an error in any process is raised here, with its traceback.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_process, (world_size, port, function, arguments), nprocs=world_size)
+
+
+def _process(rank: int, world_size: int, port: int, function: Callable[..., None], arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        function(*arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def run_once(factory: pytest.TempPathFactory, name: str, function: Callable[[Path], None]) -> Path:
+    """Call `function(folder)` once, also where several pytest workers ask for the same; returns the folder."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            function(folder)
+    return folder
