@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_stablespam.optim.fused_cpu import fused_cpu_step
+from hf_stablespam.optim.galore import galore_path, is_projected
 from hf_stablespam.optim.low_bit import is_low_bit
 from hf_stablespam.optim.multi_tensor import foreach_step
 from hf_stablespam.optim.pieces import share_layout
@@ -41,6 +42,8 @@ def choose_path(param: Tensor, grad: Tensor, state: State, options: Options) -> 
     """The path for one tensor, from the options ``fused`` and ``foreach``, its device, its dtype and its layout."""
     if torch.compiler.is_compiling():
         return loop_step
+    if is_projected(state):
+        return galore_path
     if is_low_bit(state["exp_avg"]):
         return loop_step
     if param.is_cpu and is_plain_adamw(options):

@@ -35,6 +35,13 @@ def check_at_least_zero(name: str, value: Any, remedy: str = "") -> None:
         raise ValueError(f"{name} must be a number >= 0, got {value!r}{remedy}")
 
 
+def check_above_zero(name: str, value: Any, remedy: str = "") -> None:
+    """A finite number > 0."""
+    check_at_least_zero(name, value, remedy)
+    if value == 0:
+        raise ValueError(f"{name} must be a number > 0, got {value!r}{remedy}")
+
+
 def check_learning_rate(value: Any) -> None:
     """A finite number ≥ 0, or a tensor with one element (as torch's own optimizers take it)."""
     if isinstance(value, Tensor):

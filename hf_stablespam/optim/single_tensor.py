@@ -39,12 +39,17 @@ def stable_spam_step(param: Tensor, grad: Tensor, state: State, options: Options
     """
     grad, plan, statistics = stabilized(grad, state, options)
     exp_avg, exp_avg_sq, weight = adam(param.to(grad.dtype), grad, state, plan, options)
+    store_state(state, plan, exp_avg, exp_avg_sq)
+    store(param, torch.where(plan.finite, weight, param), stochastic=options["stochastic_rounding"])
+    return statistics
+
+
+def store_state(state: State, plan: Plan, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    """Write the new trackers and, if the gradient was finite, the new moments."""
     for name, value in plan.trackers._asdict().items():
         state[name].copy_(value)
     low_bit.write(state["exp_avg"], exp_avg, plan.finite)
     low_bit.write(state["exp_avg_sq"], exp_avg_sq, plan.finite)
-    store(param, torch.where(plan.finite, weight, param), stochastic=options["stochastic_rounding"])
-    return statistics
 
 
 def stabilized(grad: Tensor, state: State, options: Options) -> tuple[Tensor, Plan, dict[str, Tensor]]:
@@ -55,7 +60,8 @@ def stabilized(grad: Tensor, state: State, options: Options) -> tuple[Tensor, Pl
         grad = -grad
     grad_max = grad.abs().amax()
     grad_norm = safe_norm(grad, grad_max)
-    clipping = plan_clipping(old, grad_max, options)
+    # under GaLore AdaClip's average is younger than the other trackers
+    clipping = plan_clipping(old._replace(adopted_at=state.get("clip_since", old.adopted_at)), grad_max, options)
     grad, clipped, norm = _clip(grad, grad_max, grad_norm, clipping, options)
     plan = plan_adam(old, clipping, grad_norm, norm, options)
     return grad * plan.factor, plan, step_statistics(grad_norm, grad_max, clipping, clipped, norm, plan)

@@ -13,7 +13,6 @@ from hf_stablespam.optim.spam_options import check_gradients, check_spam
 from hf_stablespam.optim.spam_update import State, spam_step
 from hf_stablespam.optim.sparse_mask import draw_mask, empty_mask, kept_entries
 
-STATISTICS = ("grad_norm", "grad_max", "clipped", "stable_norm", "nonfinite", "reset")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -180,14 +179,15 @@ class SPAM(Optimizer):
         """What the last step saw: for each name a float vector with one entry per parameter, on their device.
 
         Entries follow the parameters of `param_groups`; a parameter without gradient has zeros. Empty before the
-        first step. The names mean what they mean in `StableSPAM.statistics`: ``grad_norm``, ``grad_max``,
-        ``clipped``, ``stable_norm`` (of the gradient that entered the moments), ``nonfinite``, ``reset``.
+        first step. The names are those of `StableSPAM.statistics`; here each entry has a threshold of its own and
+        nothing is normalised, so that ``clip_threshold`` is infinite and ``norm_factor`` 1.
         """
         if not self._last_step:
             return {}
         zero = torch.zeros_like(next(iter(self._last_step.values()))["grad_norm"])
         rows = [self._last_step.get(param) for param in self._params()]
-        return {name: torch.stack([zero if row is None else row[name].to(zero) for row in rows]) for name in STATISTICS}
+        names = next(iter(self._last_step.values()))
+        return {name: torch.stack([zero if row is None else row[name].to(zero) for row in rows]) for name in names}
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from hf_stablespam.optim.options import (
+    check_above_zero,
     check_at_least_zero,
     check_beta_pair,
     check_flag,
@@ -32,13 +33,6 @@ def check_spam(options: dict[str, Any]) -> None:
     check_density(options["density"])
     check_count("seed", options["seed"])
     check_flag("maximize", options["maximize"])
-
-
-def check_above_zero(name: str, value: Any, remedy: str = "") -> None:
-    """A finite number > 0."""
-    check_at_least_zero(name, value, remedy)
-    if value == 0:
-        raise ValueError(f"{name} must be a number > 0, got {value!r}{remedy}")
 
 
 def check_count(name: str, value: Any) -> None:

@@ -90,7 +90,9 @@ def spam_step(param: Tensor, grad: Tensor, state: State, options: dict[str, Any]
     return {
         "grad_norm": grad_norm,
         "grad_max": grad_max,
+        "clip_threshold": torch.full_like(norm, torch.inf),
         "clipped": clipped.to(norm.dtype),
+        "norm_factor": torch.ones_like(norm),
         "stable_norm": norm,
         "nonfinite": (~finite).to(norm.dtype),
     }

@@ -55,6 +55,11 @@ OPTIONS: Mapping[str, _Option] = {
     "state_dtype": _Option(_or_none(_float_dtype), "float32, bfloat16, float16 or none"),
     "stochastic_rounding": _Option(_switch, "true or false"),
     "state_bits": _Option(int, "an integer"),
+    "rank": _Option(_or_none(int), "an integer or none"),
+    "update_proj_gap": _Option(int, "an integer"),
+    "scale": _Option(float, "a number"),
+    "proj_type": _Option(str, "std, reverse_std, left, right or full"),
+    "reset_on_switch": _Option(_switch, "true or false"),
 }
 
 # The names of the paper and of the official code → our option, and the place in it where it is a pair.

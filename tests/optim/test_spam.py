@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from hf_stablespam.optim import SPAM
+from hf_stablespam.optim import SPAM, StableSPAM
 from hf_stablespam.optim.sparse_mask import draw_mask, kept_entries, mask_indices
 from tests.optim.common import TOLERANCE, assert_identical, gradients, parameters, snapshot, train
 from tests.reference.spam import Hyperparameters, Reference
@@ -264,6 +264,7 @@ def test_statistics_follow_the_parameters():
     assert statistics["grad_max"].tolist() == [2, 0, torch.inf]
     assert statistics["grad_norm"][0] == pytest.approx(2 * 20**0.5)
     assert statistics["nonfinite"].tolist() == [0, 0, 1]
+    assert statistics.keys() == train(params, gradients(params, 1), StableSPAM(params)).statistics.keys()
 
 
 @pytest.mark.parametrize(
