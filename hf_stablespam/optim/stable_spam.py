@@ -197,7 +197,7 @@ class StableSPAM(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            _check_before_step(group)
+            check_before_step(group)
         batches = [(self._batch(group), group) for group in self.param_groups]
         batches, sharded = set_sharded_apart(batches)
         self._last_step = sharded_step(sharded)
@@ -311,7 +311,12 @@ class StableSPAM(Optimizer):
         return batch
 
 
-def _check_before_step(group: dict[str, Any]) -> None:
+def check_before_step(group: dict[str, Any]) -> None:
+    """What a group must be when its parameters are about to be updated.
+
+    Raises:
+        ValueError: for a sparse gradient, and for ``decay_steps="auto"``.
+    """
     if group["decay_steps"] == AUTO:
         raise ValueError(
             "decay_steps must be a number of update steps or None when step() is called, got 'auto'; "
