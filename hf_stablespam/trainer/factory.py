@@ -5,6 +5,12 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from hf_stablespam.trainer.galore import (
+    PROJECTION_OPTIONS,
+    check_layerwise,
+    parameter_groups,
+    say_what_the_gap_means,
+)
 from hf_stablespam.trainer.options import SPAM as SPAM_DIALECT
 from hf_stablespam.trainer.options import parse_optim_args
 
@@ -19,17 +25,20 @@ logger = logging.getLogger(__name__)
 _MARK = "_hf_stablespam"
 
 
-def optimizer_cls_and_kwargs(args: "TrainingArguments") -> "tuple[type[StableSPAM], dict[str, Any]]":
+def optimizer_cls_and_kwargs(
+    args: "TrainingArguments", model: "torch.nn.Module | None" = None
+) -> "tuple[type[StableSPAM], dict[str, Any]]":
     """The class and the keyword arguments that the Trainer builds its optimizer from.
 
     Learning rate, betas and epsilon come from their fields in `args`, the weight decay from the groups that the
     Trainer makes, everything else from `args.optim_args`. Unless it says otherwise the decay spans the run:
-    `decay_steps="auto"`, replaced by the number of update steps as soon as the Trainer knows it.
+    `decay_steps="auto"`, replaced by the number of update steps as soon as the Trainer knows it. With `rank` in
+    `optim_args` the groups are made here: the layers that `args.optim_target_modules` means, and the others.
 
     Raises:
-        ValueError: `optim_args` cannot be read.
+        ValueError: `optim_args` cannot be read, or asks for what other arguments rule out.
     """
-    from hf_stablespam.optim import StableSPAM
+    from hf_stablespam.optim import LayerwiseStableSPAM, StableSPAM
 
     warn_of_global_clipping(args)
     kwargs = {
@@ -39,10 +48,19 @@ def optimizer_cls_and_kwargs(args: "TrainingArguments") -> "tuple[type[StableSPA
         "decay_steps": "auto",
         **parse_optim_args(args.optim_args),
     }
-    return StableSPAM, kwargs
+    say_what_the_gap_means(kwargs, args.optim_args)
+    layerwise = kwargs.pop("layerwise", False)
+    if layerwise:
+        check_layerwise(args)
+    if kwargs.get("rank") is not None or args.optim_target_modules is not None:
+        projection = {name: kwargs.pop(name) for name in PROJECTION_OPTIONS if name in kwargs}
+        kwargs["params"] = parameter_groups(args, model, projection)
+    return LayerwiseStableSPAM if layerwise else StableSPAM, kwargs
 
 
-def spam_cls_and_kwargs(args: "TrainingArguments") -> "tuple[type[SPAM], dict[str, Any]]":
+def spam_cls_and_kwargs(
+    args: "TrainingArguments", model: "torch.nn.Module | None" = None
+) -> "tuple[type[SPAM], dict[str, Any]]":
     """The same for `optim="spam"`. (The paper's ε is 1e-6; the Trainer's own default, `adam_epsilon`, is 1e-8.)
 
     Raises:
@@ -61,7 +79,7 @@ def spam_cls_and_kwargs(args: "TrainingArguments") -> "tuple[type[SPAM], dict[st
 
 
 # `optim` → what builds it.
-BUILDERS: Mapping[str, Callable[["TrainingArguments"], tuple[Any, dict[str, Any]]]] = {
+BUILDERS: Mapping[str, Callable[["TrainingArguments", Any], tuple[Any, dict[str, Any]]]] = {
     "spam": spam_cls_and_kwargs,
     "stable_spam": optimizer_cls_and_kwargs,
 }
@@ -99,7 +117,7 @@ def _knowing(original: Any) -> Any:
     @functools.wraps(original)
     def get_optimizer_cls_and_kwargs(args: "TrainingArguments", model: Any = None) -> tuple[Any, Any]:
         build = BUILDERS.get(getattr(args.optim, "value", args.optim))
-        return build(args) if build is not None else original(args, model)
+        return build(args, model) if build is not None else original(args, model)
 
     setattr(get_optimizer_cls_and_kwargs, _MARK, True)
     return get_optimizer_cls_and_kwargs

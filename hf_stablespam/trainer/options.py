@@ -41,6 +41,7 @@ class Dialect(NamedTuple):
     options: Mapping[str, _Option]
     aliases: Mapping[str, tuple[str, int | None]]  # other name → our option, and the place in it where it is a pair
     pair_defaults: Mapping[str, tuple[float, float]] = {}
+    beside: Mapping[str, str] = {}  # an alias that is an option's own name → the key beside which it is that option
 
 
 OPTIONS: Mapping[str, _Option] = {
@@ -70,7 +71,14 @@ ALIASES: Mapping[str, tuple[str, int | None]] = {
     "update_proj_gap": ("reset_interval", None),
     "total_T": ("decay_steps", None),
 }
-STABLE_SPAM = Dialect(OPTIONS, ALIASES, {"norm_betas": (0.7, 0.9)})
+# What the Trainer's side reads itself.
+_TRAINER_OPTIONS = {"layerwise": _Option(_switch, "true or false")}
+STABLE_SPAM = Dialect(
+    {**OPTIONS, **_TRAINER_OPTIONS},
+    ALIASES,
+    pair_defaults={"norm_betas": (0.7, 0.9)},
+    beside={"update_proj_gap": "rank"},
+)
 
 SPAM = Dialect(
     options={
@@ -104,7 +112,8 @@ def parse_optim_args(text: str | None, dialect: Dialect = STABLE_SPAM) -> dict[s
     Args:
         text: entries `name=value`, joined by commas; spaces do not matter; `None` or empty gives `{}`. Names
             are those of the optimizer's keyword arguments, or an alias of the paper or the official code
-            (gamma1, gamma2, gamma3, update_proj_gap, total_T). `none` switches a part off.
+            (gamma1, gamma2, gamma3, update_proj_gap, total_T). `none` switches a part off. Beside `rank`
+            `update_proj_gap` is GaLore's, as in transformers. `layerwise` is for the Trainer.
         dialect: the optimizer's names; default those of `optim="stable_spam"`.
 
     Returns:
@@ -119,11 +128,14 @@ def parse_optim_args(text: str | None, dialect: Dialect = STABLE_SPAM) -> dict[s
     """
     kwargs: dict[str, Any] = {}
     given: dict[tuple[str, int | None], str] = {}
-    for entry in re.sub(r"\s", "", text or "").split(",") if text and text.strip() else ():
+    entries = re.sub(r"\s", "", text).split(",") if text and text.strip() else []
+    keys = {entry.partition("=")[0] for entry in entries}
+    aliases = {key: option for key, option in dialect.aliases.items() if dialect.beside.get(key) not in keys}
+    for entry in entries:
         key, equals, value = entry.partition("=")
         if not (key and equals and value):
             raise ValueError(f"optim_args must be name=value entries joined by commas, got {entry!r} in {text!r}")
-        name, place = dialect.aliases.get(key, (key, None))
+        name, place = aliases.get(key, (key, None))
         _claim(key, name, place, given)
         if place is None:
             kwargs[name] = _read(key, value, _known_option(key, name, dialect))
