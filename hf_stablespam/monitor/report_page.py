@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from hf_stablespam.monitor.report_panels import Table
 from hf_stablespam.monitor.report_style import color
+from hf_stablespam.monitor.report_tables import Table
 
 # No source but the file itself: a report that is opened or sent on fetches nothing and tells nobody.
 POLICY = (

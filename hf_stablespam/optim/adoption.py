@@ -20,16 +20,18 @@ logger = logging.getLogger(__name__)
 COUNTERS = ("step", "moment_step", "adopted_at")
 TRACKERS = ("clip_max", "norm_mean", "norm_sq")
 MOMENTS = ("exp_avg", "exp_avg_sq")
-STATE_NAMES = (*COUNTERS, *TRACKERS, *MOMENTS)
+SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
+STATE_NAMES = (*COUNTERS, *TRACKERS, *SCALES, *MOMENTS)
 _ADAMW_NAMES = {"step", *MOMENTS}
 _ADAMW_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize", "initial_lr", "params", "param_names")
 
 
 def fresh_state(param: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
-    """Zeros: counters in float32 as torch keeps them, trackers in float32 or better, moments as the options say."""
+    """Zeros (ones for scales): counters in float32 as torch keeps them, trackers in float32 or better."""
     precise = torch.promote_types(param.dtype, torch.float32)
     state = {name: torch.zeros((), dtype=torch.float32, device=param.device) for name in COUNTERS}
     state |= {name: torch.zeros((), dtype=precise, device=param.device) for name in TRACKERS}
+    state |= {name: torch.ones((), dtype=precise, device=param.device) for name in SCALES}
     if is_target(param, options):
         state |= projection_state(param, options)
         param = projected_example(param, options)
@@ -90,7 +92,7 @@ def check_same_shapes(index: Any, fresh: dict[str, Tensor], saved: dict[str, Any
 
 
 def _is_adamw(state: dict[str, Any]) -> bool:
-    return not set(state) & {*TRACKERS, "moment_step"} and set(state) >= _ADAMW_NAMES
+    return not set(state) & {*TRACKERS, *SCALES, "moment_step"} and set(state) >= _ADAMW_NAMES
 
 
 def _with_missing_options(groups: list[dict[str, Any]], own_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -146,5 +148,6 @@ def _from_adamw(state: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: step.clone() for name in COUNTERS},
         **{name: zero.clone() for name in TRACKERS},
+        **{name: zero + 1 for name in SCALES},
         **{name: state[name] for name in MOMENTS},
     }

@@ -10,7 +10,7 @@ from hf_stablespam.optim.galore import galore_path, is_projected
 from hf_stablespam.optim.low_bit import is_low_bit
 from hf_stablespam.optim.multi_tensor import foreach_step
 from hf_stablespam.optim.pieces import share_layout
-from hf_stablespam.optim.plain_adamw import is_plain_adamw, plain_adamw_step
+from hf_stablespam.optim.plain_adamw import is_plain_adamw, plain_adamw_step, unscale
 from hf_stablespam.optim.plan import Batch, Options, Result, State
 from hf_stablespam.optim.single_tensor import stabilized, stable_spam_step
 
@@ -40,11 +40,9 @@ def step_group(batch: Batch, options: Options) -> list[Result]:
 
 def choose_path(param: Tensor, grad: Tensor, state: State, options: Options) -> Path:
     """The path for one tensor, from the options ``fused`` and ``foreach``, its device, its dtype and its layout."""
-    if torch.compiler.is_compiling():
-        return loop_step
     if is_projected(state):
         return galore_path
-    if is_low_bit(state["exp_avg"]):
+    if torch.compiler.is_compiling() or is_low_bit(state["exp_avg"]):
         return loop_step
     if param.is_cpu and is_plain_adamw(options):
         return plain_step
@@ -80,7 +78,10 @@ def plain_step(batch: Batch, options: Options) -> dict[str, Tensor]:
     rows = [stabilized(grad, state, options)[-1] for _, grad, state in zip(*batch, strict=True)]
     finite = [index for index, row in enumerate(rows) if not row["nonfinite"]]
     if finite:
-        plain_adamw_step(batch.pick(finite), options)
+        chosen = batch.pick(finite)
+        for state in chosen.states:
+            unscale(state)
+        plain_adamw_step(chosen, options)
     return _stacked(rows)
 
 

@@ -80,7 +80,7 @@ def adam(weight: Tensor, grad: Tensor, state: State, plan: Plan, options: Option
     """MoRet and AdamW: the new ``M``, ``V`` and weight, in the dtype of the stabilised gradient."""
     lr, beta2 = options["lr"], options["betas"][1]
     exp_avg = plan.beta1 * (low_bit.read(state["exp_avg"], grad.dtype) * plan.carry) + (1 - plan.beta1) * grad
-    old_sq = low_bit.read(state["exp_avg_sq"], grad.dtype) * plan.carry * plan.carry
+    old_sq = low_bit.read(state["exp_avg_sq"], grad.dtype) * plan.carry_sq
     exp_avg_sq = beta2 * old_sq + (1 - beta2) * grad.square()
     root = (exp_avg_sq / plan.correction2).sqrt() + options["eps"]
     weight = weight * (1 - lr * options["weight_decay"]) - lr * (exp_avg / plan.correction1) / root

@@ -218,10 +218,9 @@ def without_nonfinite(grad: Tensor, finite: Tensor) -> Tensor | None:
 
 
 def _fresh_trackers(param: Tensor) -> State:
+    """Trackers as `StableSPAM` begins them, of which those about moments say nothing here."""
     precise = torch.promote_types(param.dtype, torch.float32)
-    counters = ("step", "moment_step", "adopted_at")
-    dtypes = {name: torch.float32 if name in counters else precise for name in Trackers._fields}
-    return {name: torch.zeros((), dtype=dtype, device=param.device) for name, dtype in dtypes.items()}
+    return {name: torch.zeros((), dtype=precise, device=param.device) for name in Trackers._fields}
 
 
 def _innermost(optimizer: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from hf_stablespam.optim.adoption import MOMENTS, adopted, check_same_shapes, fresh_state
+from hf_stablespam.optim.adoption import MOMENTS, SCALES, adopted, check_same_shapes, fresh_state
 from hf_stablespam.optim.dispatch import step_group
 from hf_stablespam.optim.galore import warn_of_clamped_rank
 from hf_stablespam.optim.galore_options import check_galore, check_targets
@@ -224,6 +224,9 @@ class StableSPAM(Optimizer):
             for name in (*MOMENTS, "moment_step"):
                 if name in state:
                     clear(state[name])
+            for name in SCALES:
+                if name in state:
+                    state[name].fill_(1)
 
     @property
     def statistics(self) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from hf_stablespam.trainer.galore import (
 )
 from hf_stablespam.trainer.options import SPAM as SPAM_DIALECT
 from hf_stablespam.trainer.options import parse_optim_args
+from hf_stablespam.trainer.sharding import refuse_flat_shards
 
 if TYPE_CHECKING:
     import torch
@@ -36,10 +37,12 @@ def optimizer_cls_and_kwargs(
     `optim_args` the groups are made here: the layers that `args.optim_target_modules` means, and the others.
 
     Raises:
-        ValueError: `optim_args` cannot be read, or asks for what other arguments rule out.
+        ValueError: `optim_args` cannot be read, or asks for what other arguments rule out; or the run is sharded in a
+            way that leaves no whole tensors.
     """
     from hf_stablespam.optim import LayerwiseStableSPAM, StableSPAM
 
+    refuse_flat_shards(args)
     warn_of_global_clipping(args)
     kwargs = {
         "lr": args.learning_rate,
