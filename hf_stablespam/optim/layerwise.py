@@ -9,6 +9,7 @@ from torch import Tensor
 from hf_stablespam.optim.adoption import fresh_state
 from hf_stablespam.optim.dispatch import step_group
 from hf_stablespam.optim.plan import Batch, Result
+from hf_stablespam.optim.sharded import is_sharded
 from hf_stablespam.optim.stable_spam import StableSPAM, check_before_step
 
 
@@ -25,7 +26,7 @@ class LayerwiseStableSPAM(StableSPAM):
         params: as for `StableSPAM`, and so are all other arguments.
 
     Raises:
-        ValueError: at a step, if a gradient is there that no hook has seen.
+        ValueError: at a step, if a gradient is there that no hook has seen; in `backward()`, for a sharded parameter.
 
     Example:
         >>> model = torch.nn.Linear(8, 4)
@@ -78,6 +79,11 @@ class LayerwiseStableSPAM(StableSPAM):
     def _update(self, param: Tensor) -> None:
         group = next(group for group in self.param_groups if any(other is param for other in group["params"]))
         check_before_step(group)
+        if is_sharded(param):
+            raise ValueError(
+                f"LayerwiseStableSPAM needs whole parameters, got a sharded one (DTensor) of shape "
+                f"{tuple(param.shape)}; use StableSPAM"
+            )
         assert param.grad is not None
         if param.numel() > 0:
             if not self.state[param]:

@@ -55,8 +55,7 @@ class SPAM(Optimizer):
         maximize: climb instead of descend. Default ``False``.
 
     Raises:
-        ValueError: for an option out of its range, a complex parameter, a sparse gradient, or ``density`` below 1
-            for a sharded parameter.
+        ValueError: for an option out of its range, a complex or sharded parameter, a sparse gradient.
         TypeError: for a misspelt option in a parameter group.
 
     Example:
@@ -135,7 +134,7 @@ class SPAM(Optimizer):
             closure: re-evaluates the model and returns the loss, if the loss is to be returned.
 
         Raises:
-            ValueError: for a sparse gradient.
+            ValueError: for a sparse gradient or a sharded parameter.
         """
         loss = None
         if closure is not None:
@@ -153,7 +152,7 @@ class SPAM(Optimizer):
     def _step_one(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> State:
         state = self.state[param]
         if not state:
-            self.state[param] = state = _fresh_state(param, group)
+            self.state[param] = state = fresh_spam_state(param, group)
             self._redraw(param, group)
         state["step"] += 1  # on the CPU, as torch's own: reading it does not wait for the device
         interval = group["reset_interval"]
@@ -203,7 +202,7 @@ class SPAM(Optimizer):
         groups = [group for group in self.param_groups for _ in group["params"]]
         for index, (saved_id, param, group) in enumerate(zip(saved_ids, self._params(), groups, strict=True)):
             if saved_id in state_dict["state"]:
-                fresh, saved = _fresh_state(param, group), state_dict["state"][saved_id]
+                fresh, saved = fresh_spam_state(param, group), state_dict["state"][saved_id]
                 if missing := [name for name in fresh if name not in saved]:
                     raise ValueError(
                         f"the state of parameter {index} must hold {', '.join(fresh)}, but lacks "
@@ -237,7 +236,7 @@ class SPAM(Optimizer):
             state["mask"].copy_(draw_mask(param.numel(), group["density"], seed % 2**63, param.device))
 
 
-def _fresh_state(param: Tensor, group: dict[str, Any]) -> State:
+def fresh_spam_state(param: Tensor, group: dict[str, Any]) -> State:
     """Two counters on the CPU (read by the host), one beside the moments; moments in the parameter's dtype."""
     state = {name: torch.zeros((), dtype=torch.float32) for name in ("step", "resets")}
     state["moment_step"] = torch.zeros((), dtype=torch.float32, device=param.device)

@@ -49,7 +49,7 @@ def check_density(value: Any) -> None:
 
 
 def check_gradients(group: dict[str, Any]) -> None:
-    """Gradients must be dense, and whole where only a subset of their entries is trained.
+    """Gradients must be dense and parameters whole.
 
     Raises:
         ValueError: for the first that is not.
@@ -62,8 +62,8 @@ def check_gradients(group: dict[str, Any]) -> None:
                 f"gradients must be dense, got {param.grad.layout} for a parameter of shape {tuple(param.shape)}; "
                 "build the embedding with sparse=False"
             )
-        if group["density"] < 1 and hasattr(param, "device_mesh"):
+        if hasattr(param, "device_mesh"):
             raise ValueError(
-                f"density must be 1 for a sharded parameter (DTensor), got {group['density']} for one of shape "
-                f"{tuple(param.shape)}; train with DDP, or set density=1"
+                f"SPAM needs whole parameters, got a sharded one (DTensor) of shape {tuple(param.shape)}; "
+                "train with DDP, or use StableSPAM"
             )

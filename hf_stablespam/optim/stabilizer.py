@@ -60,7 +60,7 @@ def stabilize(
     Raises:
         TypeError: if it is not a torch optimizer, or one that this cannot be done to.
         ValueError: for an option out of its range, or an optimizer that is stabilised already. At a step: for a
-            sparse gradient.
+            sparse gradient or a sharded parameter.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -148,7 +148,7 @@ class Stabilizer:
         self._last_step, self._found = {}, {}
         params = [param for param in self._params() if param.grad is not None and param.numel() > 0]
         for param in params:
-            _check_dense(param)
+            _check_gradient(param)
         for param in params:
             found = param.grad
             assert found is not None
@@ -248,10 +248,15 @@ def _check_optimizer(optimizer: Any) -> None:
         )
 
 
-def _check_dense(param: Tensor) -> None:
+def _check_gradient(param: Tensor) -> None:
     assert param.grad is not None
     if param.grad.layout != torch.strided:
         raise ValueError(
             f"gradients must be dense, got {param.grad.layout} for a parameter of shape {tuple(param.shape)}; "
             "build the embedding with sparse=False"
+        )
+    if hasattr(param, "device_mesh"):
+        raise ValueError(
+            f"stabilize needs whole parameters, got a sharded one (DTensor) of shape {tuple(param.shape)}; "
+            "train with DDP, or use StableSPAM"
         )
