@@ -158,9 +158,8 @@ def main() -> None:
         for row in rows:
             times = f"{row['p20_ms']:9.2f} {row['p50_ms']:9.2f} {row['p80_ms']:9.2f} ms"
             memory = f"{row['state_bytes_per_parameter']:.3f} B/param, peak {row['peak_extra_bytes'] / 1e6:.1f} MB"
-            print(
-                f"{size:>5} {row['optimizer']:32s}{times}  x{row['to_adamw']:.2f} (x{row['to_clipped_adamw']:.2f})  {memory}"
-            )
+            ratios = f"x{row['to_adamw']:.2f} (x{row['to_clipped_adamw']:.2f})"
+            print(f"{size:>5} {row['optimizer']:32s}{times}  {ratios}  {memory}")
         if not arguments.dry_run:
             append_rows("optimizer_step", rows)
 

@@ -100,6 +100,9 @@ class StabilityArguments:
     )
     four_bit_group_size: int = field(default=128, metadata={"help": "Weights that share a scale."})
     gradient_norms: bool = field(default=False, metadata={"help": "Log gradient norms and clipped entries."})
+    gradient_norms_by: Literal["block", "tensor"] | None = field(
+        default=None, metadata={"help": "Log them for each block or tensor as well; implies --gradient_norms."}
+    )
     reset_every: int | None = field(
         default=None,
         metadata={"help": "Reset the momentum every N update steps, of any Adam-like optimizer."},
@@ -180,8 +183,8 @@ def make_callbacks(stability: StabilityArguments) -> list[TrainerCallback]:
         callbacks.append(FourBitCallback(config))
     if stability.reset_every is not None:
         callbacks.append(MomentumResetCallback(every=stability.reset_every))
-    if stability.gradient_norms:
-        callbacks.append(GradientNormCallback())
+    if stability.gradient_norms or stability.gradient_norms_by:
+        callbacks.append(GradientNormCallback(by=stability.gradient_norms_by))
     return callbacks
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from hf_stablespam.optim.fused_cpu import fused_cpu_step
+from hf_stablespam.optim.galore import galore_path, is_projected
+from hf_stablespam.optim.low_bit import is_low_bit
 from hf_stablespam.optim.multi_tensor import foreach_step
 from hf_stablespam.optim.pieces import share_layout
 from hf_stablespam.optim.plain_adamw import is_plain_adamw, plain_adamw_step, unscale
@@ -38,9 +40,11 @@ def step_group(batch: Batch, options: Options) -> list[Result]:
 
 def choose_path(param: Tensor, grad: Tensor, state: State, options: Options) -> Path:
     """The path for one tensor, from the options ``fused`` and ``foreach``, its device, its dtype and its layout."""
-    if torch.compiler.is_compiling():
+    if is_projected(state):
+        return galore_path
+    if torch.compiler.is_compiling() or is_low_bit(state["exp_avg"]):
         return loop_step
-    if param.is_cpu and is_plain_adamw(options):
+    if param.is_cpu and is_plain_adamw(options) and _fits_plain_adamw(param, grad, state, options):
         return plain_step
     fused, foreach = options["fused"], options["foreach"]
     if fused and not param.is_cpu:
@@ -53,6 +57,12 @@ def choose_path(param: Tensor, grad: Tensor, state: State, options: Options) -> 
     if foreach or (foreach is None and param.is_cuda):
         return foreach_step
     return loop_step
+
+
+def _fits_plain_adamw(param: Tensor, grad: Tensor, state: State, options: Options) -> bool:
+    """PyTorch's AdamW underflows in float16, and forced to be fused on the CPU it reads past the gaps of a tensor."""
+    gapless = not options["fused"] or share_layout([param, grad, state["exp_avg"], state["exp_avg_sq"]])
+    return param.dtype != torch.float16 and gapless
 
 
 def _fits_fused_cpu(tensors: list[Tensor]) -> bool:

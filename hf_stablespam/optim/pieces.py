@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PIECE = 1 << 20  # entries: 4 MiB of float32
+PIECE = 1 << 18  # entries: 1 MiB of float32
 BLOCK = 1 << 10  # entries that share one maximum
 
 

@@ -10,11 +10,15 @@ if TYPE_CHECKING:
     from hf_stablespam.trainer.four_bit import FourBitCallback
     from hf_stablespam.trainer.gradient_norm import GradientNormCallback
     from hf_stablespam.trainer.momentum_reset import MomentumResetCallback
+    from hf_stablespam.trainer.spike_recorder import SpikeRecorder
+    from hf_stablespam.trainer.stabilize import StabilizeCallback
 
 __all__ = [
     "FourBitCallback",
     "GradientNormCallback",
     "MomentumResetCallback",
+    "SpikeRecorder",
+    "StabilizeCallback",
     "last_complete_checkpoint",
     "register",
 ]
@@ -26,6 +30,8 @@ __getattr__, __dir__ = lazy_attributes(
         "FourBitCallback": "hf_stablespam.trainer.four_bit",
         "GradientNormCallback": "hf_stablespam.trainer.gradient_norm",
         "MomentumResetCallback": "hf_stablespam.trainer.momentum_reset",
+        "SpikeRecorder": "hf_stablespam.trainer.spike_recorder",
         "last_complete_checkpoint": "hf_stablespam.trainer.checkpoints",
+        "StabilizeCallback": "hf_stablespam.trainer.stabilize",
     },
 )
