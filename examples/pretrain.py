@@ -36,9 +36,14 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
-from hf_stablespam import FourBitCallback, FourBitConfig, GradientNormCallback, MomentumResetCallback
+from hf_stablespam import (
+    FourBitCallback,
+    FourBitConfig,
+    GradientNormCallback,
+    MomentumResetCallback,
+    last_complete_checkpoint,
+)
 
 # Hidden size, intermediate size, layers, heads: the paper's models, whose names count a vocabulary of 32,000.
 SHAPES = {
@@ -184,13 +189,13 @@ def make_callbacks(stability: StabilityArguments) -> list[TrainerCallback]:
 
 
 def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
-    """The checkpoint that --resume_from_checkpoint names; `last` is the newest one in the output folder."""
+    """The checkpoint that --resume_from_checkpoint names; `last` is the newest complete one."""
     if arguments.resume_from_checkpoint != "last":
         return arguments.resume_from_checkpoint
-    checkpoint = get_last_checkpoint(arguments.output_dir)
+    checkpoint = last_complete_checkpoint(arguments.output_dir)
     if checkpoint is None:
         raise FileNotFoundError(
-            f"resume_from_checkpoint=last needs a checkpoint in {arguments.output_dir}, which has none; "
+            f"resume_from_checkpoint=last needs a complete checkpoint in {arguments.output_dir}, which has none; "
             "train with --save_steps first, or name a checkpoint's folder"
         )
     return checkpoint
