@@ -11,8 +11,14 @@ from hf_stablespam.trainer.registration import register
 
 if TYPE_CHECKING:
     from hf_stablespam.optim import StableSPAM
-    from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, restore_linear
-    from hf_stablespam.trainer import FourBitCallback, GradientNormCallback, MomentumResetCallback, SpikeRecorder
+    from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, export_4bit, restore_linear
+    from hf_stablespam.trainer import (
+        FourBitCallback,
+        GradientNormCallback,
+        MomentumResetCallback,
+        SpikeRecorder,
+        last_complete_checkpoint,
+    )
 
 __version__ = "0.1.0"
 
@@ -25,6 +31,8 @@ __all__ = [
     "SpikeRecorder",
     "StableSPAM",
     "convert_to_4bit",
+    "export_4bit",
+    "last_complete_checkpoint",
     "register",
     "restore_linear",
 ]
@@ -40,6 +48,8 @@ __getattr__, __dir__ = lazy_attributes(
         "SpikeRecorder": "hf_stablespam.trainer",
         "StableSPAM": "hf_stablespam.optim",
         "convert_to_4bit": "hf_stablespam.quant",
+        "export_4bit": "hf_stablespam.quant",
+        "last_complete_checkpoint": "hf_stablespam.trainer",
         "restore_linear": "hf_stablespam.quant",
     },
 )

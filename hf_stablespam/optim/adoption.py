@@ -17,18 +17,32 @@ logger = logging.getLogger(__name__)
 COUNTERS = ("step", "moment_step", "adopted_at")
 TRACKERS = ("clip_max", "norm_mean", "norm_sq")
 MOMENTS = ("exp_avg", "exp_avg_sq")
-STATE_NAMES = (*COUNTERS, *TRACKERS, *MOMENTS)
+SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
+STATE_NAMES = (*COUNTERS, *TRACKERS, *SCALES, *MOMENTS)
 _ADAMW_NAMES = {"step", *MOMENTS}
 _ADAMW_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize", "initial_lr", "params", "param_names")
 
 
-def fresh_state(param: Tensor, state_dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Zeros: counters in float32 as torch keeps them, trackers in float32 or better, moments like the parameter."""
+def fresh_state(param: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
+    """Zeros (ones for scales): counters in float32 as torch keeps them, trackers in float32 or better."""
     precise = torch.promote_types(param.dtype, torch.float32)
     state = {name: torch.zeros((), dtype=torch.float32, device=param.device) for name in COUNTERS}
     state |= {name: torch.zeros((), dtype=precise, device=param.device) for name in TRACKERS}
-    dtype, layout = state_dtype or param.dtype, torch.preserve_format
+    state |= {name: torch.ones((), dtype=precise, device=param.device) for name in SCALES}
+    dtype, layout = _moment_dtype(param, options), torch.preserve_format
     return state | {name: torch.zeros_like(param, dtype=dtype, memory_format=layout) for name in MOMENTS}
+
+
+def _moment_dtype(param: Tensor, options: dict[str, Any]) -> torch.dtype:
+    """The option's, or else the parameter's; but V of float16 would underflow to 0 and M/√V explode.
+
+    A float64 parameter keeps float64 moments: its gradients may be such that float32 cannot hold their squares.
+    """
+    if param.dtype == torch.float64:
+        return torch.float64
+    if options["state_dtype"] is None and param.dtype == torch.float16:
+        return torch.float32
+    return options["state_dtype"] or param.dtype
 
 
 def adopted(state_dict: dict[str, Any], own_groups: list[dict[str, Any]]) -> dict[str, Any]:
@@ -66,7 +80,7 @@ def adopted(state_dict: dict[str, Any], own_groups: list[dict[str, Any]]) -> dic
 
 
 def _is_adamw(state: dict[str, Any]) -> bool:
-    return not set(state) & {*TRACKERS, "moment_step"} and set(state) >= _ADAMW_NAMES
+    return not set(state) & {*TRACKERS, *SCALES, "moment_step"} and set(state) >= _ADAMW_NAMES
 
 
 def _with_missing_options(groups: list[dict[str, Any]], own_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -122,5 +136,6 @@ def _from_adamw(state: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: step.clone() for name in COUNTERS},
         **{name: zero.clone() for name in TRACKERS},
+        **{name: zero + 1 for name in SCALES},
         **{name: state[name] for name in MOMENTS},
     }

@@ -1,7 +1,6 @@
 """The sweep over gradients on the CPU: maxima and norms, before and after clipping, without a copy of any gradient."""
 
 import math
-from bisect import bisect_right
 from typing import NamedTuple
 
 import torch
@@ -15,22 +14,30 @@ TINY = 1e-15  # below it squares leave the range of float32, and norms are compu
 
 
 class Sweep(NamedTuple):
-    """What one reading of a bucket's gradients found."""
+    """What one reading of a set of gradients found."""
 
     flat: list[Tensor]  # the gradients, each (entries,)
     pieces: list[Piece]
     squares: list[float]  # sum of squares of each piece
-    block_max: Tensor  # max|g| of each block, (blocks of all tensors,)
-    blocks: list[int]  # number of blocks of each tensor
+    highs: list[float]  # largest entry of each piece
+    lows: list[float]  # smallest entry of each piece
     grad_max: Tensor  # max|g| of each tensor
     grad_norm: Tensor  # ‖g‖ of each tensor
 
 
 class Patch(NamedTuple):
-    """The blocks of a piece that hold spikes, clipped."""
+    """The blocks of a piece that hold spikes, before and after clipping."""
 
     rows: Tensor  # (n,) indices of blocks in the piece
-    values: Tensor  # (n, entries of a block)
+    limits: tuple[float, float]  # T̂ and T̂/gmax
+    kept: tuple[Tensor, Tensor] | None  # what `blocks` returns, where there is room to keep it
+
+    def blocks(self, piece: Piece, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The blocks as the gradient has them, and with their spikes scaled down; each (n, entries of a block)."""
+        if self.kept is not None:
+            return self.kept
+        old = as_blocks(piece.grad).index_select(0, self.rows).to(dtype)
+        return old, clip_spikes(old, *self.limits)[0]
 
 
 class Clipped(NamedTuple):
@@ -42,32 +49,30 @@ class Clipped(NamedTuple):
 
 
 def sweep(flat: list[Tensor], scratch: Scratch) -> Sweep:
-    """Measure gradients piece by piece: the maxima of blocks, and sums of squares.
+    """Measure gradients piece by piece: largest and smallest entries, and sums of squares.
 
     Args:
         flat: gradients as vectors.
         scratch: working memory; its dtype is that of the statistics.
     """
-    pieces, highs, lows, squares = [], [], [], []
-    blocks, count = [], 0
+    pieces, squares, counts = [], [], []
+    extremes: list[Tensor] = []
     for owner, grad in enumerate(flat):
-        first = count
-        for part, piece in enumerate(split(grad)):
+        parts = split(grad)
+        counts.append(len(parts))
+        for part, piece in enumerate(parts):
             values = scratch.widened("grad", piece)
-            rows = as_blocks(values)
-            pieces.append(Piece(owner, part, piece, count))
-            highs.append(rows.amax(1))
-            lows.append(rows.amin(1))
+            pieces.append(Piece(owner, part, piece))
+            extremes += torch.aminmax(values)
             squares.append(torch.dot(values, values))
-            count += rows.shape[0]
-        blocks.append(count - first)
-    block_max = torch.maximum(torch.cat(highs), -torch.cat(lows))
-    grad_max = torch.stack(torch._foreach_max(block_max.split(blocks)))
+    bounds = torch.stack(extremes).view(-1, 2)
+    grad_max = torch.stack(torch._foreach_max(bounds.abs().amax(1).split(counts)))
     sums = torch.stack(squares).tolist()
     norm = _norms(pieces, sums, len(flat), scratch.dtype)
     for owner in _tiny(grad_max):
         norm[owner] = safe_norm(flat[owner].to(scratch.dtype), grad_max[owner])
-    return Sweep(flat, pieces, sums, block_max, blocks, grad_max, norm)
+    lows, highs = bounds.t().tolist()
+    return Sweep(flat, pieces, sums, highs, lows, grad_max, norm)
 
 
 def clip(swept: Sweep, clipping: Clipping, scratch: Scratch) -> Clipped:
@@ -78,19 +83,21 @@ def clip(swept: Sweep, clipping: Clipping, scratch: Scratch) -> Clipped:
         clipping: threshold and ratio of each tensor.
         scratch: working memory.
     """
-    entries = [0] * len(swept.flat)
-    rows_of = _rows_with_spikes(swept, clipping.threshold)
-    if not rows_of:
-        return Clipped({}, torch.tensor(entries), swept.grad_norm)
     thresholds, ratios = clipping.threshold.tolist(), clipping.ratio.tolist()
-    patches, squares = {}, list(swept.squares)
-    for index, rows in rows_of.items():
-        piece, chosen = swept.pieces[index], torch.tensor(rows)
-        old = as_blocks(piece.grad).index_select(0, chosen).to(scratch.dtype)
-        new, count = clip_spikes(old, thresholds[piece.owner], ratios[piece.owner])
-        patches[index] = Patch(chosen, new)
-        entries[piece.owner] += int(count)
-        squares[index] = _squares_after(piece, squares[index], old, patches[index], scratch)
+    entries, squares = [0] * len(swept.flat), list(swept.squares)
+    patches: dict[int, Patch] = {}
+    room = max(grad.numel() for grad in swept.flat)  # what is kept is together no larger than the largest tensor
+    for index, (piece, low, high) in enumerate(zip(swept.pieces, swept.lows, swept.highs, strict=True)):
+        limits = thresholds[piece.owner], ratios[piece.owner]
+        if high > limits[0] or low < -limits[0]:
+            patch = Patch(_rows_with_spikes(piece, limits[0], low, high, scratch.dtype), limits, None)
+            old, new = patch.blocks(piece, scratch.dtype)
+            entries[piece.owner] += int((old != new).count_nonzero())
+            squares[index] = _squares_after(piece, squares[index], old, new, patch.rows, scratch)
+            room -= 2 * new.numel()
+            patches[index] = patch._replace(kept=(old, new)) if room >= 0 else patch
+    if not patches:
+        return Clipped(patches, torch.tensor(entries), swept.grad_norm)
     norm = _norms(swept.pieces, squares, len(swept.flat), scratch.dtype)
     for owner in _tiny(swept.grad_max):
         clipped, _ = clip_spikes(swept.flat[owner].to(scratch.dtype), thresholds[owner], ratios[owner])
@@ -110,25 +117,26 @@ def _norms(pieces: list[Piece], squares: list[float], tensors: int, dtype: torch
     return torch.tensor([math.sqrt(total) for total in totals], dtype=dtype)
 
 
-def _rows_with_spikes(swept: Sweep, threshold: Tensor) -> dict[int, list[int]]:
-    """For each piece with an entry above the threshold: which of its blocks have one."""
-    limits = threshold.repeat_interleave(torch.tensor(swept.blocks), output_size=len(swept.block_max))
-    starts = [piece.first_block for piece in swept.pieces]
-    found: dict[int, list[int]] = {}
-    for block in (swept.block_max > limits).nonzero().flatten().tolist():
-        index = bisect_right(starts, block) - 1
-        found.setdefault(index, []).append(block - starts[index])
-    return found
+def _rows_with_spikes(piece: Piece, threshold: float, low: float, high: float, dtype: torch.dtype) -> Tensor:
+    """Which blocks have an entry above the threshold; only the sides that have one are searched."""
+    blocks = as_blocks(piece.grad)
+    if low >= -threshold:
+        spiked = blocks.amax(1).to(dtype) > threshold
+    elif high <= threshold:
+        spiked = blocks.amin(1).to(dtype) < -threshold
+    else:
+        spiked = torch.maximum(blocks.amax(1), -blocks.amin(1)).to(dtype) > threshold
+    return spiked.nonzero().view(-1)
 
 
-def _squares_after(piece: Piece, square: float, old: Tensor, patch: Patch, scratch: Scratch) -> float:
+def _squares_after(piece: Piece, square: float, old: Tensor, new: Tensor, rows: Tensor, scratch: Scratch) -> float:
     """The piece's sum of squares after clipping; summed anew where a difference would lose digits."""
-    added = float(torch.dot(patch.values.view(-1), patch.values.view(-1)))
+    added = float(torch.dot(new.view(-1), new.view(-1)))
     if old.numel() == piece.grad.numel():
         return added
     removed = float(torch.dot(old.view(-1), old.view(-1)))
     if removed < 0.5 * square:
         return square - removed + added
     values = scratch.take("grad", piece.grad.numel()).copy_(piece.grad)
-    as_blocks(values).index_copy_(0, patch.rows, patch.values)
+    as_blocks(values).index_copy_(0, rows, new)
     return float(torch.dot(values, values))

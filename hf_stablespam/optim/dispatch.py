@@ -8,7 +8,7 @@ from torch import Tensor
 from hf_stablespam.optim.fused_cpu import fused_cpu_step
 from hf_stablespam.optim.multi_tensor import foreach_step
 from hf_stablespam.optim.pieces import share_layout
-from hf_stablespam.optim.plain_adamw import is_plain_adamw, plain_adamw_step
+from hf_stablespam.optim.plain_adamw import is_plain_adamw, plain_adamw_step, unscale
 from hf_stablespam.optim.plan import Batch, Options, Result, State
 from hf_stablespam.optim.single_tensor import stabilized, stable_spam_step
 
@@ -40,7 +40,7 @@ def choose_path(param: Tensor, grad: Tensor, state: State, options: Options) -> 
     """The path for one tensor, from the options ``fused`` and ``foreach``, its device, its dtype and its layout."""
     if torch.compiler.is_compiling():
         return loop_step
-    if param.is_cpu and is_plain_adamw(options):
+    if param.is_cpu and is_plain_adamw(options) and _fits_plain_adamw(param, grad, state, options):
         return plain_step
     fused, foreach = options["fused"], options["foreach"]
     if fused and not param.is_cpu:
@@ -53,6 +53,12 @@ def choose_path(param: Tensor, grad: Tensor, state: State, options: Options) -> 
     if foreach or (foreach is None and param.is_cuda):
         return foreach_step
     return loop_step
+
+
+def _fits_plain_adamw(param: Tensor, grad: Tensor, state: State, options: Options) -> bool:
+    """PyTorch's AdamW underflows in float16, and forced to be fused on the CPU it reads past the gaps of a tensor."""
+    gapless = not options["fused"] or share_layout([param, grad, state["exp_avg"], state["exp_avg_sq"]])
+    return param.dtype != torch.float16 and gapless
 
 
 def _fits_fused_cpu(tensors: list[Tensor]) -> bool:
@@ -74,7 +80,10 @@ def plain_step(batch: Batch, options: Options) -> dict[str, Tensor]:
     rows = [stabilized(grad, state, options)[-1] for _, grad, state in zip(*batch, strict=True)]
     finite = [index for index, row in enumerate(rows) if not row["nonfinite"]]
     if finite:
-        plain_adamw_step(batch.pick(finite), options)
+        chosen = batch.pick(finite)
+        for state in chosen.states:
+            unscale(state)
+        plain_adamw_step(chosen, options)
     return _stacked(rows)
 
 

@@ -103,7 +103,7 @@ def _adam(params: list[Tensor], grads: list[Tensor], states: list[State], plan: 
 
     torch._foreach_mul_(exp_avgs, unless_passed_over(plan.beta1 * plan.carry, 1))
     torch._foreach_add_(exp_avgs, torch._foreach_mul(grads, unless_passed_over(1 - plan.beta1, 0)))
-    torch._foreach_mul_(exp_avg_sqs, unless_passed_over(beta2 * plan.carry * plan.carry, 1))
+    torch._foreach_mul_(exp_avg_sqs, unless_passed_over(beta2 * plan.carry_sq, 1))
     squares = torch._foreach_mul(grads, grads)
     torch._foreach_mul_(squares, unless_passed_over(1 - beta2, 0))
     torch._foreach_add_(exp_avg_sqs, squares)

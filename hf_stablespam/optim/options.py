@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 AUTO = "auto"
-STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
@@ -86,7 +86,9 @@ def check_state_dtype(value: Any) -> None:
     """The dtype of Adam's moments: a floating dtype of torch, or ``None`` for the parameter's."""
     if value is not None and not (isinstance(value, torch.dtype) and value in STATE_DTYPES):
         names = ", ".join(str(dtype) for dtype in STATE_DTYPES)
-        raise ValueError(f"state_dtype must be one of {names} or None (the parameter's own), got {value!r}")
+        raise ValueError(
+            f"state_dtype must be one of {names} or None (the parameter's own, float32 for float16), got {value!r}"
+        )
 
 
 def _check_optional(check: Callable[..., None], name: str, value: Any, part: str) -> None:

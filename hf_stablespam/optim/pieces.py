@@ -7,16 +7,14 @@ from torch import Tensor
 
 PIECE = 1 << 18  # entries: 1 MiB of float32
 BLOCK = 1 << 10  # entries that share one maximum
-BUCKET = 1 << 22  # entries whose gradients, 16 MiB, stay in a last-level cache
 
 
 class Piece(NamedTuple):
     """Some consecutive entries of one gradient."""
 
-    owner: int  # index of the tensor in the bucket
+    owner: int  # index of the tensor in the batch
     part: int  # index of the piece in the tensor
     grad: Tensor  # (entries,)
-    first_block: int  # index of its first block in the bucket
 
 
 class Scratch:
@@ -61,6 +59,8 @@ def flat_view(tensor: Tensor) -> Tensor:
 
 def split(flat: Tensor) -> tuple[Tensor, ...]:
     """Pieces of at most ``PIECE`` entries; all but the last are made of whole blocks."""
+    if flat.numel() <= BLOCK:
+        return (flat,)
     whole = flat.numel() - flat.numel() % BLOCK
     sizes = [PIECE] * (whole // PIECE) + [rest for rest in (whole % PIECE, flat.numel() - whole) if rest]
     return flat.split(sizes)

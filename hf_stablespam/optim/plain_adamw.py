@@ -3,7 +3,7 @@
 import torch
 from torch.optim.adamw import adamw
 
-from hf_stablespam.optim.plan import Batch, Options
+from hf_stablespam.optim.plan import Batch, Options, State
 
 
 def is_plain_adamw(options: Options) -> bool:
@@ -11,6 +11,15 @@ def is_plain_adamw(options: Options) -> bool:
     parts = ("clip_beta", "norm_betas", "reset_interval", "decay_steps")
     ordinary_storage = options["state_dtype"] is None and not options["stochastic_rounding"]
     return ordinary_storage and all(options[part] is None for part in parts)
+
+
+def unscale(state: State) -> None:
+    """Moments that an earlier step left scaled (see `cpu_direct`), multiplied out: AdamW knows no scales."""
+    for name in ("exp_avg", "exp_avg_sq"):
+        scale = state[f"{name}_scale"]
+        if scale != 1:
+            state[name].mul_(scale)
+            scale.fill_(1)
 
 
 def plain_adamw_step(batch: Batch, options: Options) -> None:

@@ -47,6 +47,8 @@ class Trackers(NamedTuple):
     clip_max: Tensor  # T
     norm_mean: Tensor  # m
     norm_sq: Tensor  # v
+    exp_avg_scale: Tensor  # M is exp_avg times this: 1, except where `cpu_direct` found a multiplication to save
+    exp_avg_sq_scale: Tensor  # V is exp_avg_sq times this
 
 
 class Clipping(NamedTuple):
@@ -64,7 +66,8 @@ class Plan(NamedTuple):
     finite: Tensor  # bool: False where the tensor is passed over, and the trackers are the old ones
     factor: Tensor  # f, by which the clipped gradient is multiplied
     reset: Tensor  # bool
-    carry: Tensor  # what the old M is multiplied by, and V by its square: 0 at a reset, else 1 (see `_carry`)
+    carry: Tensor  # M before the step is exp_avg times this: 0 at a reset, and see `_carry`
+    carry_sq: Tensor  # V before the step is exp_avg_sq times this
     beta1: Tensor  # sβ1
     correction1: Tensor  # 1 − (sβ1)ᵏ
     correction2: Tensor  # 1 − β2ᵏ
@@ -112,14 +115,16 @@ def plan_adam(old: Trackers, clipping: Clipping, grad_norm: Tensor, norm: Tensor
     norm_mean, norm_sq, factor = _normalise(old, norm, decay, options)
     reset = is_reset_step(step, options["reset_interval"]) & finite
     moment_step = torch.where(reset, 0, old.moment_step) + 1
-    new = Trackers(step, moment_step, old.adopted_at, clipping.clip_max, norm_mean, norm_sq)
-    beta1, k = decay * options["betas"][0] * torch.ones_like(norm), moment_step.to(norm.dtype)
+    carry, one = _carry(old, factor, reset, finite), torch.ones_like(norm)
+    new = Trackers(step, moment_step, old.adopted_at, clipping.clip_max, norm_mean, norm_sq, one, one)
+    beta1, k = decay * options["betas"][0] * one, moment_step.to(norm.dtype)
     return Plan(
         trackers=Trackers(*(torch.where(finite, after, before) for after, before in zip(new, old, strict=True))),
         finite=finite,
         factor=torch.where(finite, factor, 0),
         reset=reset,
-        carry=_carry(old, factor, reset, finite),
+        carry=carry * old.exp_avg_scale,
+        carry_sq=carry.square() * old.exp_avg_sq_scale,
         beta1=beta1,
         correction1=bias_correction(beta1, k),
         correction2=bias_correction(options["betas"][1], k),

@@ -73,7 +73,7 @@ def adam(weight: Tensor, grad: Tensor, state: State, plan: Plan, options: Option
     """MoRet and AdamW: the new ``M``, ``V`` and weight, in the dtype of the stabilised gradient."""
     lr, beta2 = options["lr"], options["betas"][1]
     exp_avg = plan.beta1 * (state["exp_avg"].to(grad.dtype) * plan.carry) + (1 - plan.beta1) * grad
-    old_sq = state["exp_avg_sq"].to(grad.dtype) * plan.carry * plan.carry
+    old_sq = state["exp_avg_sq"].to(grad.dtype) * plan.carry_sq
     exp_avg_sq = beta2 * old_sq + (1 - beta2) * grad.square()
     root = (exp_avg_sq / plan.correction2).sqrt() + options["eps"]
     weight = weight * (1 - lr * options["weight_decay"]) - lr * (exp_avg / plan.correction1) / root

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from hf_stablespam.optim.adoption import MOMENTS, adopted, fresh_state
+from hf_stablespam.optim.adoption import MOMENTS, SCALES, adopted, fresh_state
 from hf_stablespam.optim.dispatch import step_group
 from hf_stablespam.optim.options import AUTO, check_group_names, check_stable_spam
 from hf_stablespam.optim.plan import Batch, Result
@@ -65,7 +65,8 @@ class StableSPAM(Optimizer):
         fused: force or forbid the fused path. Default ``None``: choose the fastest that fits device, dtype and layout:
             fused on the CPU, foreach on CUDA, one tensor after the other for everything else.
         state_dtype: dtype of ``M`` and ``V``, such as ``torch.float32`` for bfloat16 parameters. Default ``None``: the
-            parameter's. The trackers are float32 (float64 for float64 parameters) whatever it is.
+            parameter's, but float32 for float16, whose range is too small for ``V``. Trackers are in float32 whatever
+            it is. For float64 parameters everything is in float64.
         stochastic_rounding: round new bfloat16 weights up or down at random, so that on average updates smaller than
             the distance between two bfloat16 numbers arrive (torch's generator; needs no float32 copy of the
             weights). Default ``False``: to nearest. Other dtypes are always rounded to nearest.
@@ -189,6 +190,9 @@ class StableSPAM(Optimizer):
             for name in (*MOMENTS, "moment_step"):
                 if name in state:
                     state[name].zero_()
+            for name in SCALES:
+                if name in state:
+                    state[name].fill_(1)
 
     @property
     def statistics(self) -> dict[str, Tensor]:
@@ -252,7 +256,7 @@ class StableSPAM(Optimizer):
         pairs = [(param, group) for group in self.param_groups for param in group["params"]]
         for saved_id, (param, group) in zip(saved_ids, pairs, strict=True):
             if saved_id in state_dict["state"]:
-                fresh, saved = fresh_state(param, group["state_dtype"]), state_dict["state"][saved_id]
+                fresh, saved = fresh_state(param, group), state_dict["state"][saved_id]
                 self.state[param] = {name: fresh[name].copy_(saved[name]) for name in fresh}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -268,7 +272,7 @@ class StableSPAM(Optimizer):
         for param in group["params"]:
             if param.grad is not None and param.numel() > 0:
                 if not self.state[param]:
-                    self.state[param] = fresh_state(param, group["state_dtype"])
+                    self.state[param] = fresh_state(param, group)
                 batch.params.append(param)
                 batch.grads.append(param.grad)
                 batch.states.append(self.state[param])

@@ -6,12 +6,20 @@ from hf_stablespam._names import lazy_attributes
 from hf_stablespam.trainer.registration import register
 
 if TYPE_CHECKING:
+    from hf_stablespam.trainer.checkpoints import last_complete_checkpoint
     from hf_stablespam.trainer.four_bit import FourBitCallback
     from hf_stablespam.trainer.gradient_norm import GradientNormCallback
     from hf_stablespam.trainer.momentum_reset import MomentumResetCallback
     from hf_stablespam.trainer.spike_recorder import SpikeRecorder
 
-__all__ = ["FourBitCallback", "GradientNormCallback", "MomentumResetCallback", "SpikeRecorder", "register"]
+__all__ = [
+    "FourBitCallback",
+    "GradientNormCallback",
+    "MomentumResetCallback",
+    "SpikeRecorder",
+    "last_complete_checkpoint",
+    "register",
+]
 
 # Lazily, because registering must not import transformers: a script under the launcher may never need it.
 __getattr__, __dir__ = lazy_attributes(
@@ -21,5 +29,6 @@ __getattr__, __dir__ = lazy_attributes(
         "GradientNormCallback": "hf_stablespam.trainer.gradient_norm",
         "MomentumResetCallback": "hf_stablespam.trainer.momentum_reset",
         "SpikeRecorder": "hf_stablespam.trainer.spike_recorder",
+        "last_complete_checkpoint": "hf_stablespam.trainer.checkpoints",
     },
 )

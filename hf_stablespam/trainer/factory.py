@@ -5,6 +5,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from hf_stablespam.trainer.options import parse_optim_args
+from hf_stablespam.trainer.sharding import refuse_flat_shards
 
 if TYPE_CHECKING:
     import torch
@@ -25,10 +26,11 @@ def optimizer_cls_and_kwargs(args: "TrainingArguments") -> "tuple[type[StableSPA
     `decay_steps="auto"`, replaced by the number of update steps as soon as the Trainer knows it.
 
     Raises:
-        ValueError: `optim_args` cannot be read.
+        ValueError: `optim_args` cannot be read; or the run is sharded in a way that leaves no whole tensors.
     """
     from hf_stablespam.optim import StableSPAM
 
+    refuse_flat_shards(args)
     if args.max_grad_norm > 0 and args.process_index == 0:
         logger.warning(
             "max_grad_norm=%s clips the whole gradient before Stable-SPAM sees it: its own spike clipping then "

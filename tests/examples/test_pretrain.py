@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-SHAPE = ["--model_size", "tiny", "--vocab_size", "300", "--block_size", "16", "--max_eval_samples", "4"]
+SHAPE = ["--model_size", "tiny", "--block_size", "16", "--max_eval_samples", "4"]
 RUN = ["--max_steps", "3", "--logging_steps", "1", "--per_device_train_batch_size", "2", "--learning_rate", "1e-3"]
 QUIET = ["--report_to", "none", "--disable_tqdm", "True"]
 STABLE_SPAM = ["--optim", "stable_spam", "--max_grad_norm", "0"]
@@ -21,7 +21,7 @@ EVERYTHING = [*STABLE_SPAM, "--four_bit", "int4", "--gradient_norms", "--reset_e
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "data.txt"
     path.write_text("".join(f"line {i}: {i} times {i + 1} is {i * (i + 1)}, and that is it\n" for i in range(400)))
-    return ["--dataset_name", str(path), "--validation_documents", "20"]
+    return ["--dataset_name", str(path), "--validation_documents", "20", "--vocab_size", "300"]
 
 
 def train(output, *options):

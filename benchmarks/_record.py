@@ -1,0 +1,72 @@
+"""What the benchmarks share: interleaved timing, and rows of a CSV file that say on what they were measured."""
+
+import csv
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> str:
+    """The processor or accelerator, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpu_info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpu_info.read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    """The commit that was measured, with a ``+`` if the tree has changes."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=9"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
+def interleaved(runs: dict[str, Callable[[], Any]], repeats: int, warm_up: int = 3) -> dict[str, list[float]]:
+    """Seconds of each run, sorted; the runs take turns, so that a disturbance of the machine meets all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(warm_up + repeats):
+        for name, run in runs.items():
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            if repeat >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: sorted(values) for name, values in seconds.items()}
+
+
+def synchronize() -> None:
+    """Wait for the accelerator, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The value below which this share of the sorted values lies."""
+    return values[min(len(values) - 1, int(share * len(values)))]
+
+
+def append_rows(name: str, rows: list[dict[str, Any]]) -> None:
+    """Append rows to ``results/<name>.csv``, each with date, machine, versions and commit."""
+    where = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.csv"
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [*where, *rows[0]], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows({**where, **row} for row in rows)

@@ -1,0 +1,168 @@
+"""What one optimizer step costs: Stable-SPAM against fused AdamW, on tensors with the shapes of Llama models.
+
+    python benchmarks/optimizer_step.py                     # all sizes, appended to results/optimizer_step.csv
+    python benchmarks/optimizer_step.py --sizes 33m --dry-run --repeats 50
+    python benchmarks/optimizer_step.py --device cuda --sizes 1b --dtype bfloat16
+
+The optimizers take turns; p20, p50 and p80 of the step are given in milliseconds, and ratios of medians to fused
+AdamW and to gradient clipping with fused AdamW, which is what the Trainer does by default. A fresh gradient comes
+every step, so that AdaClip clips as it does in training. `--with-pytorch-optimizer` adds that package's StableSPAM.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks._record import append_rows, interleaved, quantile
+from hf_stablespam.optim import StableSPAM
+
+# vocabulary, width, feed-forward width, layers
+SIZES = {
+    "4m": (4000, 256, 688, 2),
+    "33m": (7970, 512, 1376, 8),
+    "130m": (32000, 768, 2048, 12),
+    "1b": (32000, 2048, 5461, 18),
+}
+BASE, CLIPPED = "AdamW(fused)", "clip_grad_norm_ + AdamW(fused)"
+
+
+def llama_shapes(vocabulary: int, width: int, inner: int, layers: int) -> list[tuple[int, ...]]:
+    """Parameter shapes of a Llama with an untied head."""
+    block = [(width, width)] * 4 + [(inner, width)] * 2 + [(width, inner)] + [(width,)] * 2
+    return [(vocabulary, width), *block * layers, (width,), (vocabulary, width)]
+
+
+class Contestant:
+    """Parameters of their own, one optimizer, and gradients that all contestants share."""
+
+    def __init__(self, make: Any, shapes: list[tuple[int, ...]], rows: list[list[torch.Tensor]], clip: bool) -> None:
+        self.params = [torch.nn.Parameter(torch.full_like(grad, 0.02)) for grad in rows[0]]
+        self.optimizer, self.rows, self.clip, self.turn = make(self.params), rows, clip, 0
+        self.next_gradient()
+
+    def next_gradient(self) -> None:
+        for param, grad in zip(self.params, self.rows[self.turn % len(self.rows)], strict=True):
+            param.grad = grad
+        self.turn += 1
+
+    def step(self) -> None:
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(self.params, 1e9)  # multiplies by 1: the cost without spoiling shared grads
+        self.optimizer.step()
+        self.next_gradient()
+
+
+def contestants(arguments: argparse.Namespace) -> dict[str, tuple[Any, bool]]:
+    """Optimizer factories by name, and whether gradients are clipped by their global norm first."""
+    off = {"clip_beta": None, "norm_betas": None, "reset_interval": None}
+    makers: dict[str, tuple[Any, bool]] = {
+        BASE: (lambda p: torch.optim.AdamW(p, fused=True), False),
+        CLIPPED: (lambda p: torch.optim.AdamW(p, fused=True), True),
+        "StableSPAM": (StableSPAM, False),
+    }
+    if arguments.all_paths:
+        makers["AdamW(foreach)"] = (lambda p: torch.optim.AdamW(p, foreach=True), False)
+        makers["StableSPAM(foreach)"] = (lambda p: StableSPAM(p, foreach=True), False)
+        makers["StableSPAM(loop)"] = (lambda p: StableSPAM(p, foreach=False, fused=False), False)
+        makers["StableSPAM(all parts off)"] = (lambda p: StableSPAM(p, **off), False)
+    if arguments.with_pytorch_optimizer:
+        makers["pytorch_optimizer.StableSPAM"] = (_pytorch_optimizer(), False)
+    return makers
+
+
+def _pytorch_optimizer() -> Any:
+    try:
+        from pytorch_optimizer import StableSPAM as Theirs
+    except ImportError as error:
+        raise SystemExit("--with-pytorch-optimizer needs that package: pip install pytorch_optimizer") from error
+    return Theirs
+
+
+def peak_extra_bytes(contestant: Contestant, device: str) -> int:
+    """The largest sum of temporaries alive during one step, from the allocator's own records."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with profile(activities=activities, profile_memory=True) as recorded:
+        contestant.step()
+    changes = [event.nbytes() for event in _memory_events(recorded)]
+    alive = peak = 0
+    for change in changes:
+        alive += change
+        peak = max(peak, alive)
+    return peak
+
+
+def _memory_events(recorded: profile) -> list[Any]:
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return sorted(events, key=lambda event: event.start_ns())
+
+
+def state_bytes(contestant: Contestant) -> int:
+    """Bytes of every tensor in the optimizer's state."""
+    states = contestant.optimizer.state.values()
+    return sum(value.nbytes for state in states for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def measure(size: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows for one model size."""
+    shapes, dtype = llama_shapes(*SIZES[size]), getattr(torch, arguments.dtype)
+    generator = torch.Generator(arguments.device).manual_seed(0)
+    options = {"generator": generator, "device": arguments.device}
+    rows = [[(torch.randn(s, **options) * 1e-3).to(dtype) for s in shapes] for _ in range(arguments.gradients)]
+    all_of_them = {name: Contestant(make, shapes, rows, clip) for name, (make, clip) in contestants(arguments).items()}
+    seconds = interleaved({name: one.step for name, one in all_of_them.items()}, arguments.repeats)
+    medians = {name: quantile(values, 0.5) for name, values in seconds.items()}
+    numbers = sum(grad.numel() for grad in rows[0])
+    return [
+        {
+            "device": arguments.device,
+            "dtype": arguments.dtype,
+            "parameters": numbers,
+            "tensors": len(shapes),
+            "optimizer": name,
+            "p20_ms": round(quantile(values, 0.2) * 1e3, 2),
+            "p50_ms": round(medians[name] * 1e3, 2),
+            "p80_ms": round(quantile(values, 0.8) * 1e3, 2),
+            "to_adamw": round(medians[name] / medians[BASE], 3),
+            "to_clipped_adamw": round(medians[name] / medians[CLIPPED], 3),
+            "repeats": len(values),
+            "state_bytes_per_parameter": round(state_bytes(all_of_them[name]) / numbers, 3),
+            "peak_extra_bytes": peak_extra_bytes(all_of_them[name], arguments.device),
+            "largest_tensor_bytes": max(grad.nbytes for grad in rows[0]),
+        }
+        for name, values in seconds.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["4m", "33m", "130m"], choices=SIZES)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--gradients", type=int, default=3, help="different gradients that take turns")
+    parser.add_argument("--threads", type=int, help="threads of PyTorch on the CPU")
+    parser.add_argument("--all-paths", action="store_true", help="the foreach and loop paths too")
+    parser.add_argument("--with-pytorch-optimizer", action="store_true")
+    parser.add_argument("--dry-run", action="store_true", help="print, and append nothing")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    for size in arguments.sizes:
+        rows = measure(size, arguments)
+        for row in rows:
+            times = f"{row['p20_ms']:9.2f} {row['p50_ms']:9.2f} {row['p80_ms']:9.2f} ms"
+            memory = f"{row['state_bytes_per_parameter']:.3f} B/param, peak {row['peak_extra_bytes'] / 1e6:.1f} MB"
+            ratios = f"x{row['to_adamw']:.2f} (x{row['to_clipped_adamw']:.2f})"
+            print(f"{size:>5} {row['optimizer']:32s}{times}  {ratios}  {memory}")
+        if not arguments.dry_run:
+            append_rows("optimizer_step", rows)
+
+
+if __name__ == "__main__":
+    main()
