@@ -7,12 +7,14 @@ DEMO_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo demo-short test lint types unit clean
+.PHONY: help demo demo-short test lint types unit test-long test-versions clean
 
 help:
 	@echo "make demo        three short pretrainings on the CPU: full precision, 4 bits, 4 bits with Stable-SPAM"
 	@echo "make demo-short  the same in under a minute, to see that it runs"
 	@echo "make test        lint, types and all tests"
+	@echo "make test-long   the tests marked long: minutes to hours"
+	@echo "make test-versions  the Trainer's tests under each supported transformers, in environments of their own"
 	@echo "make clean       remove the virtual environment, caches and demo output"
 
 $(BIN)/python:
@@ -21,7 +23,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(BIN)/python setup.cfg constraints.txt
-	$(PIP) install --quiet -c constraints.txt -e '.[plot]'
+	$(PIP) install --quiet -c constraints.txt -e '.[plot,report]'
 	@touch $@
 
 $(VENV)/.dev: $(BIN)/python setup.cfg constraints.txt
@@ -47,5 +49,11 @@ types: $(VENV)/.dev
 unit: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
+test-long: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+
+test-versions: $(BIN)/python
+	PYTHON=$(PYTHON) tests/versions.sh $(VENV)-versions
+
 clean:
-	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info demo
+	rm -rf $(VENV) $(VENV)-versions .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info demo

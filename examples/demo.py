@@ -5,7 +5,7 @@
 
 Three pretrainings of one tiny Llama (1.3 million parameters), with the same data, seed, steps and learning rate:
 AdamW with gradient clipping in full precision, the same in 4 bits, and Stable-SPAM in 4 bits. Each is a command line
-of `pretrain.py`. Prints a table; writes `loss.png`, the runs' logs and the trained models. Whoever wins, wins.
+of `pretrain.py`. Prints a table; writes `loss.png`, `report.html`, the logs and the trained models. Whoever wins, wins.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ import pretrain
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
+from transformers.utils import logging
+
+from hf_stablespam.monitor.report import write_report
 
 STEPS = 200
 SMOKE_STEPS = 12
@@ -65,8 +68,9 @@ def command_line(run: Run, output: Path, steps: int, seed: int) -> list[str]:
         "--lr_scheduler_type": "cosine_with_min_lr",
         "--lr_scheduler_kwargs": json.dumps({"min_lr_rate": 0.1}),
         "--seed": seed,
+        "--gradient_norms_by": "block",
         "--eval_strategy": "steps",
-        "--eval_steps": max(1, steps // EVALUATIONS),
+        "--eval_steps": max(2, steps // EVALUATIONS),
         "--max_eval_samples": 64,
         "--per_device_eval_batch_size": 32,
         "--logging_steps": max(1, steps // 50),
@@ -76,7 +80,7 @@ def command_line(run: Run, output: Path, steps: int, seed: int) -> list[str]:
         "--disable_tqdm": not sys.stderr.isatty(),
     }
     shared = [str(word) for pair in schedule.items() for word in pair]
-    own = ["--output_dir", str(output / run.folder), "--model_size", "tiny", *run.options, "--gradient_norms"]
+    own = ["--output_dir", str(output / run.folder), "--model_size", "tiny", *run.options]
     return own + shared
 
 
@@ -144,11 +148,11 @@ def plot(histories: dict[str, list[dict[str, float]]], path: Path) -> None:
         loss_axes.plot(*series(history, "loss"), color=run.color, alpha=0.3, linewidth=1)
         steps, losses = series(history, "eval_loss")
         loss_axes.plot(steps, losses, color=run.color, linewidth=2, label=f"{label}: {losses[-1]:.3f}")
-        norm_axes.plot(*series(history, "grad_norm"), color=run.color, linewidth=1.2)
+        norm_axes.plot(*series(history, "gradients/norm_max"), color=run.color, linewidth=1.2)
     loss_axes.set_title("Pretraining a tiny Llama: validation loss (faint: training loss)", loc="left")
     loss_axes.set_ylabel("loss (nats per token)")
     loss_axes.legend(title="final validation loss", frameon=False, alignment="left")
-    norm_axes.set_title("Gradient norm before clipping", loc="left")
+    norm_axes.set_title("Gradient norm before clipping: the largest since the log before", loc="left")
     norm_axes.set_yscale("log")
     norm_axes.set_xlabel("update step")
     norm_axes.set_ylabel("gradient norm")
@@ -171,11 +175,15 @@ def main(arguments: list[str] | None = None) -> None:
     if steps < 2:
         parser.error(f"--steps must be at least 2, got {steps}")
 
+    logging.disable_progress_bar()  # those of reading and writing models; the training's own stay
     histories = {run.folder: train(run, options.output_dir, steps, options.seed) for run in RUNS}
     plot(histories, options.output_dir / "loss.png")
     print(f"\n{table(histories)}\n\n{summary(histories, steps)}")
     print("The 4-bit arithmetic is simulated: the losses are those of 4-bit training, the seconds are not.")
     print(f"\nCurves: {options.output_dir / 'loss.png'}\nTrained model: {options.output_dir / CANDIDATE}")
+    report = options.output_dir / "report.html"
+    write_report([options.output_dir / run.folder for run in RUNS], report)
+    print(f"Report, to open in a browser: {report.resolve()}")
 
 
 if __name__ == "__main__":

@@ -36,9 +36,14 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
-from hf_stablespam import FourBitCallback, FourBitConfig, GradientNormCallback, MomentumResetCallback
+from hf_stablespam import (
+    FourBitCallback,
+    FourBitConfig,
+    GradientNormCallback,
+    MomentumResetCallback,
+    last_complete_checkpoint,
+)
 
 # Hidden size, intermediate size, layers, heads: the paper's models, whose names count a vocabulary of 32,000.
 SHAPES = {
@@ -95,6 +100,9 @@ class StabilityArguments:
     )
     four_bit_group_size: int = field(default=128, metadata={"help": "Weights that share a scale."})
     gradient_norms: bool = field(default=False, metadata={"help": "Log gradient norms and clipped entries."})
+    gradient_norms_by: Literal["block", "tensor"] | None = field(
+        default=None, metadata={"help": "Log them for each block or tensor as well; implies --gradient_norms."}
+    )
     reset_every: int | None = field(
         default=None,
         metadata={"help": "Reset the momentum every N update steps, of any Adam-like optimizer."},
@@ -175,19 +183,19 @@ def make_callbacks(stability: StabilityArguments) -> list[TrainerCallback]:
         callbacks.append(FourBitCallback(config))
     if stability.reset_every is not None:
         callbacks.append(MomentumResetCallback(every=stability.reset_every))
-    if stability.gradient_norms:
-        callbacks.append(GradientNormCallback())
+    if stability.gradient_norms or stability.gradient_norms_by:
+        callbacks.append(GradientNormCallback(by=stability.gradient_norms_by))
     return callbacks
 
 
 def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
-    """The checkpoint that --resume_from_checkpoint names; `last` is the newest one in the output folder."""
+    """The checkpoint that --resume_from_checkpoint names; `last` is the newest complete one."""
     if arguments.resume_from_checkpoint != "last":
         return arguments.resume_from_checkpoint
-    checkpoint = get_last_checkpoint(arguments.output_dir)
+    checkpoint = last_complete_checkpoint(arguments.output_dir)
     if checkpoint is None:
         raise FileNotFoundError(
-            f"resume_from_checkpoint=last needs a checkpoint in {arguments.output_dir}, which has none; "
+            f"resume_from_checkpoint=last needs a complete checkpoint in {arguments.output_dir}, which has none; "
             "train with --save_steps first, or name a checkpoint's folder"
         )
     return checkpoint

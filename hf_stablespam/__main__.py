@@ -1,17 +1,28 @@
-"""`python -m hf_stablespam SCRIPT …` and the console command `hf-stablespam`."""
+"""`python -m hf_stablespam SCRIPT …`, its subcommands, and the console command `hf-stablespam`."""
 
 import importlib
 import sys
 
 # Subcommand → the module whose `main(arguments)` it is. A script of that name needs `run` before it.
-COMMANDS = {"run": "hf_stablespam.trainer.launcher"}
+COMMANDS = {
+    "run": "hf_stablespam.trainer.launcher",
+    "report": "hf_stablespam.monitor.report",
+    "export": "hf_stablespam.trainer.export_checkpoint",
+}
 
 
 def main() -> int:
     """Run the subcommand that the first argument names, `run` where it names none; returns the exit status."""
     arguments = sys.argv[1:]
     name = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "run"
-    return importlib.import_module(COMMANDS[name]).main(arguments)
+    command = importlib.import_module(COMMANDS[name]).main
+    if name == "run":
+        return command(arguments)  # whatever the script raises is the script's
+    try:
+        return command(arguments) or 0
+    except (OSError, ValueError, ImportError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ class Shards:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.device = tensors[0].device if tensors else torch.device("cpu")
-        self._layouts = [(t.device_mesh, t.placements) if hasattr(t, "device_mesh") else None for t in tensors]
+        self._layouts = [_layout(tensor) for tensor in tensors]
         found: dict[tuple[int, ...], _Group] = {}
         for index, layout in enumerate(self._layouts):
             if layout is not None:
@@ -64,6 +64,10 @@ class Shards:
             columns = values[:, indices].to(device)
             torch.distributed.all_reduce(columns, op, group=group)
             values[:, indices] = columns.to(values.device)
+
+
+def _layout(tensor: Any) -> Any:
+    return (tensor.device_mesh, tensor.placements) if hasattr(tensor, "device_mesh") else None
 
 
 def _note_groups(found: dict[tuple[int, ...], _Group], index: int, mesh: Any, placements: Any) -> None:

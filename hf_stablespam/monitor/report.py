@@ -12,14 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_stablespam.monitor.report_panels import (
-    heat_maps,
-    panels,
-    reach_table,
-    settings_table,
-    summary_table,
-)
+from hf_stablespam.monitor.report_panels import heat_maps, panels
 from hf_stablespam.monitor.report_runs import Run, read_runs
+from hf_stablespam.monitor.report_tables import reach_table, settings_table, summary_table
 
 LARGEST = 6_000_000  # bytes of a report
 POINTS = 2000  # of a curve, at first: twice what a wide screen shows

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 from bokeh.embed import components
 from bokeh.models import (
-    ColorBar,
     ColumnDataSource,
+    DataRange1d,
     FixedTicker,
     HoverTool,
     LogColorMapper,
     NumeralTickFormatter,
     Range1d,
 )
+from bokeh.models.annotations import ColorBar
 from bokeh.palettes import Viridis256
 from bokeh.plotting import figure
 from bokeh.resources import Resources
@@ -54,7 +55,7 @@ def steps_range(panels: Sequence[Panel], maps: Sequence[HeatMap]) -> Range1d:
     steps = [float(step) for panel in panels for curve in panel.curves for step in curve.steps[[0, -1]]]
     steps += [step for found in maps for step in (found.first_step, found.last_step)]
     room = 0.02 * (max(steps) - min(steps)) or 1.0
-    return Range1d(min(steps) - room, max(steps) + room, bounds="auto")
+    return Range1d(start=min(steps) - room, end=max(steps) + room, bounds="auto")
 
 
 def empty_figure(shared: Range1d, name: str, **options: Any) -> figure:
@@ -69,6 +70,8 @@ def empty_figure(shared: Range1d, name: str, **options: Any) -> figure:
         **options,
     )
     plot.toolbar.logo = None
+    # Transparent from the first stroke: clearing a canvas leaves a rim of what was painted before.
+    plot.background_fill_color = plot.border_fill_color = plot.outline_line_color = None
     plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
     plot.xgrid.grid_line_color = None
     return plot
@@ -80,13 +83,22 @@ def panel_figure(panel: Panel, labels: Sequence[str], shared: Range1d) -> figure
     plot = empty_figure(
         shared, panel.key, height=HEIGHT, y_axis_type=scale, y_axis_label=panel.unit or None, window_axis="x"
     )
-    plot.y_range.only_visible = True
-    drawn = [add_curve(plot, curve, labels, panel.log) for curve in panel.curves]
-    drawn += [add_marks(plot, marks, labels) for marks in panel.marks]
+    # A diagram of a constant reaches from nothing to twice its value.
+    span = 2 * float(np.nanmax(np.abs(panel.curves[0].values), initial=0)) or 2
+    plot.y_range = DataRange1d(only_visible=True, default_span=span)
+    lines = [add_curve(plot, curve, labels, panel.log) for curve in panel.curves]
+    marks = [add_marks(plot, found, labels) for found in panel.marks]
     tooltips = [("", "$name"), ("step", "@x{%d}"), ("value", "@y{%.4g}")]
-    formatters = {"@x": "printf", "@y": "printf"}
-    plot.add_tools(HoverTool(tooltips=tooltips, formatters=formatters, renderers=drawn, line_policy="nearest"))
+    plot.add_tools(hover(tooltips, lines))
+    if marks:
+        plot.add_tools(hover([*tooltips[:2], ("", "@text")], marks))
     return plot
+
+
+def hover(tooltips: list[tuple[str, str]], renderers: list[Any]) -> HoverTool:
+    """A tooltip whose numbers are formatted as in C."""
+    formats: Any = dict.fromkeys(("@x", "@y", "$x", "@image"), "printf")
+    return HoverTool(tooltips=tooltips, formatters=formats, renderers=renderers, line_policy="nearest")
 
 
 def add_curve(plot: figure, curve: Curve, labels: Sequence[str], log: bool) -> Any:
@@ -113,7 +125,7 @@ def add_marks(plot: figure, marks: Marks, labels: Sequence[str]) -> Any:
     drawn = plot.scatter(
         "x",
         "y",
-        source=ColumnDataSource({"x": marks.steps, "y": marks.values}),
+        source=ColumnDataSource({"x": marks.steps, "y": marks.values, "text": marks.texts or [""] * len(marks.steps)}),
         marker=marks.symbol,
         size=9,
         fill_color=color(marks.run),
@@ -141,7 +153,7 @@ def heat_map_figure(found: HeatMap, labels: Sequence[str], shared: Range1d) -> f
         y_range=(0, rows),
         x_axis_label=None,
     )
-    mapper = LogColorMapper(Viridis256, low=low, high=max(high, low * 1.001), nan_color="#80808040")
+    mapper = LogColorMapper(palette=list(Viridis256), low=low, high=max(high, low * 1.001), nan_color="#80808040")
     image = plot.image(
         image=[found.norms],
         x=found.first_step,
@@ -156,5 +168,5 @@ def heat_map_figure(found: HeatMap, labels: Sequence[str], shared: Range1d) -> f
     plot.ygrid.grid_line_color = None
     plot.add_layout(ColorBar(color_mapper=mapper, width=10, background_fill_color=None), "right")
     tooltips = [("step", "$x{%d}"), ("norm", "@image{%.4g}")]
-    plot.add_tools(HoverTool(tooltips=tooltips, formatters={"$x": "printf", "@image": "printf"}, renderers=[image]))
+    plot.add_tools(hover(tooltips, [image]))
     return plot

@@ -1,32 +1,30 @@
-"""From runs to what a report shows: curves, marks, heat maps and tables, as plain data for any plotting library."""
+"""From runs to what a report shows: curves, marks and heat maps, as plain data for any plotting library."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from hf_stablespam.monitor.report_runs import Run
 
-BLOCK_PREFIX = "gradients/norm/"
-# Hyperparameters shown even where all runs agree on them; others only where they differ.
-ALWAYS_SHOWN = (
-    "optim",
-    "optim_args",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "seed",
+# Norms by block or tensor: the largest since the last log where they were logged, otherwise the last ones.
+BLOCK_PREFIXES = ("gradients/norm_max/", "gradients/norm/")
+# Key in the page, title, unit, logged quantity, logarithmic axis: what needs no more than one curve for a run.
+PLAIN_PANELS = (
+    ("spike_score", "Spike score", "largest entry / what is usual", "gradients/spike_score_max", True),
+    ("norm_factor", "AdaGN's factor", "factor on the gradient", "gradients/norm_factor", True),
+    ("update_ratio", "Update to weight", "norm of the update / norm of the weights", "gradients/update_ratio", True),
+    ("sqnr", "Quantisation error of the weights", "signal to noise in dB", "gradients/weight_sqnr_db", False),
+    ("learning_rate", "Learning rate", "", "learning_rate", False),
+    ("throughput", "Throughput", "tokens per second", "train_tokens_per_second", False),
 )
+# The optimizer's own resets, and those of a MomentumResetCallback.
+RESET_KEYS = ("gradients/resets", "momentum/resets")
 SIGNS = {"circle": "●", "triangle": "▲", "diamond": "◆"}
-NEVER_SHOWN = frozenset({"output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_model_id"})
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Marks:
-    """Single steps of a run that are pointed out, such as spikes and resets."""
+    """Single steps of a run that are pointed out, such as spikes and resets, with a text for each if there is one."""
 
     run: int
     name: str
     steps: np.ndarray
     values: np.ndarray
     symbol: str = "circle"
+    texts: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -83,17 +82,6 @@ class HeatMap:
     norms: np.ndarray  # (blocks, columns) float32
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table with a heading for each row and column; `marked` rows stand out."""
-
-    title: str
-    columns: list[str]
-    rows: list[tuple[str, list[str]]]
-    marked: frozenset[str] = frozenset()
-    note: str = ""
-
-
 def panels(runs: Sequence[Run], points: int) -> list[Panel]:
     """Every diagram for which at least one run has logged something.
 
@@ -106,8 +94,10 @@ def panels(runs: Sequence[Run], points: int) -> list[Panel]:
         Panel("perplexity", "Perplexity", "exp(loss)", exponential(loss_curves(runs, points)), log=True),
         norm_panel(runs, points),
         Panel("clipped", *clipped_curves(runs, points)),
-        Panel("learning_rate", "Learning rate", "", curves(runs, "learning_rate", "learning rate", points)),
-        Panel("throughput", "Throughput", "tokens per second", throughput_curves(runs, points)),
+    ]
+    found += [
+        Panel(name, title, unit, curves(runs, key, title.lower(), points), log)
+        for name, title, unit, key, log in PLAIN_PANELS
     ]
     return [panel for panel in found if panel.curves]
 
@@ -156,12 +146,13 @@ def norm_panel(runs: Sequence[Run], points: int) -> Panel:
         stable_steps, stable_values = run.series("gradients/stable_norm")
         if stable_steps:
             found.append(Curve(i, "after stabilising", *thinned(stable_steps, stable_values, points), faint=True))
-        spiked = [spike["step"] for spike in run.spikes]
-        resets = [step for step, count in zip(*run.series("gradients/resets"), strict=True) if count > 0]
-        for name, symbol, at in (("spike", "triangle", spiked), ("reset", "diamond", resets)):
+        spikes = spike_texts(run)
+        resets = {step: "" for key in RESET_KEYS for step, count in zip(*run.series(key), strict=True) if count > 0}
+        for name, symbol, at in (("spike", "triangle", spikes), ("reset", "diamond", resets)):
             if at:
-                height = np.interp(at, steps, values)
-                marks.append(Marks(i, name, np.asarray(at, np.float32), height.astype(np.float32), symbol))
+                height = np.interp(list(at), steps, values)
+                x, y = np.asarray(list(at), np.float32), height.astype(np.float32)
+                marks.append(Marks(i, name, x, y, symbol, list(at.values())))
     return Panel("gradient_norm", "Gradient norm", "L2 norm", found, log=True, marks=marks)
 
 
@@ -173,9 +164,23 @@ def clipped_curves(runs: Sequence[Run], points: int) -> tuple[str, str, list[Cur
     return "Clipped entries", "entries since the last log", curves(runs, "gradients/clipped", "clipped", points)
 
 
-def throughput_curves(runs: Sequence[Run], points: int) -> list[Curve]:
-    """Tokens per second along the run, where `include_num_input_tokens_seen` made the Trainer log them."""
-    return curves(runs, "train_tokens_per_second", "tokens per second", points)
+def spike_name(spike: Mapping[str, Any]) -> str:
+    """The tensor that spiked, and how many times the usual its largest entry was."""
+    score = spike.get("score")
+    return str(spike.get("tensor", "?")) + (f" ×{score:.3g}" if type(score) in (int, float) else "")
+
+
+def spike_texts(run: Run) -> dict[float, str]:
+    """For each step with recorded spikes the names of the tensors, the worst first, and their scores."""
+    by_step: dict[float, list[dict[str, Any]]] = {}
+    for spike in run.spikes:
+        by_step.setdefault(spike["step"], []).append(spike)
+    texts = {}
+    for step, spikes in sorted(by_step.items()):
+        scored = sorted(spikes, key=lambda spike: -(spike.get("score") or math.inf))
+        names = [spike_name(spike) for spike in scored]
+        texts[step] = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return texts
 
 
 def thinned(steps: Sequence[float], values: Sequence[float], points: int) -> tuple[np.ndarray, np.ndarray]:
@@ -208,10 +213,12 @@ def heat_maps(runs: Sequence[Run], cells: int) -> list[HeatMap]:
 
 def heat_map(index: int, run: Run, cells: int) -> HeatMap | None:
     """The heat map of one run; None where it logged no norms by block."""
-    names = dict.fromkeys(key for row in run.rows for key in row if key.startswith(BLOCK_PREFIX))
-    logs = {row["step"]: row for row in run.rows if any(name in row for name in names)}
-    if not names:
+    keys = dict.fromkeys(key for row in run.rows for key in row)
+    prefix = next((found for found in BLOCK_PREFIXES if any(key.startswith(found) for key in keys)), None)
+    if prefix is None:
         return None
+    names = [key for key in keys if key.startswith(prefix)]
+    logs = {row["step"]: row for row in run.rows if any(name in row for name in names)}
     steps = sorted(logs)
     grid = np.array([[logs[step].get(name, math.nan) for step in steps] for name in names], np.float32)
     columns = max(1, min(len(steps), cells // len(names)))
@@ -219,75 +226,4 @@ def heat_map(index: int, run: Run, cells: int) -> HeatMap | None:
     # fmax leaves gaps out, and gives a gap where there is nothing else.
     norms = np.stack([np.fmax.reduce(part, axis=1) for part in parts], axis=1)
     norms[~np.isfinite(norms)] = np.nan
-    return HeatMap(index, [name.removeprefix(BLOCK_PREFIX) for name in names], steps[0], steps[-1], norms)
-
-
-def final_loss(run: Run) -> tuple[str, float] | None:
-    """Key and value of the loss a run ended with: the validation loss, or else the last logged training loss."""
-    for key in ("eval_loss", "loss"):
-        value = run.last(key)
-        if value is not None:
-            return key, value
-    return None
-
-
-def steps_to_reach(run: Run, key: str, loss: float) -> float | None:
-    """The first logged step whose loss is at most `loss`; None when no log got there."""
-    steps, values = run.series(key)
-    return next((step for step, value in zip(steps, values, strict=True) if value <= loss), None)
-
-
-def summary_table(runs: Sequence[Run]) -> Table:
-    """What each run ended with."""
-    rows = [
-        ("last step", [number(run.last("step")) for run in runs]),
-        ("validation loss", [number(run.last("eval_loss"), 4) for run in runs]),
-        ("perplexity", [number(perplexity(run), 4) for run in runs]),
-        ("training loss", [number(run.last("loss"), 4) for run in runs]),
-        ("seconds", [number(run.last("train_runtime"), 4) for run in runs]),
-        ("samples per second", [number(run.last("train_samples_per_second"), 4) for run in runs]),
-        ("spikes recorded", [number(len(run.spikes)) if run.spikes else "–" for run in runs]),
-    ]
-    kept = [row for row in rows if any(cell != "–" for cell in row[1])]
-    return Table("Where the runs ended", [run.label for run in runs], kept)
-
-
-def perplexity(run: Run) -> float | None:
-    """exp of the last validation loss."""
-    loss = run.last("eval_loss")
-    return None if loss is None or loss > 700 else math.exp(loss)
-
-
-def reach_table(runs: Sequence[Run]) -> Table | None:
-    """For every pair of runs the step at which the one reached the other's final loss; None for a single run."""
-    ends = [final_loss(run) for run in runs]
-    if len(runs) < 2 or not any(ends):
-        return None
-    rows = []
-    for run in runs:
-        cells = []
-        for end in ends:
-            reached = None if end is None else steps_to_reach(run, *end)
-            cells.append("–" if end is None else "not reached" if reached is None else number(reached))
-        rows.append((run.label, cells))
-    columns = ["–" if end is None else f"{run.label}: {end[1]:.4g}" for run, end in zip(runs, ends, strict=True)]
-    note = "The first logged step at which the run of the row had the final loss of the run of the column."
-    return Table("Steps to reach a final loss", columns, rows, note=note)
-
-
-def settings_table(runs: Sequence[Run]) -> Table:
-    """Hyperparameters side by side: those that differ, marked, and the usual ones."""
-    names = list(dict.fromkeys([*ALWAYS_SHOWN, *(name for run in runs for name in run.settings)]))
-    differing = {name for name in names if len({run.settings.get(name) for run in runs if run.settings}) > 1}
-    model = {name for name in names if name.startswith("model.")}
-    known = {name for run in runs for name in run.settings}
-    kept = [name for name in names if name in known - NEVER_SHOWN and name in differing | model | set(ALWAYS_SHOWN)]
-    rows = [(name, [run.settings.get(name, "–") for run in runs]) for name in kept]
-    marked = frozenset(name for name in kept if name in differing)
-    note = "Marked: settings in which the runs differ." if marked else ""
-    return Table("Settings", [run.label for run in runs], rows, marked, note)
-
-
-def number(value: float | None, digits: int = 6) -> str:
-    """A number for a table; a dash where there is none."""
-    return "–" if value is None else f"{value:,.{digits}g}" if abs(value) < 1e6 else f"{value:,.0f}"
+    return HeatMap(index, [name.removeprefix(prefix) for name in names], steps[0], steps[-1], norms)

@@ -87,7 +87,7 @@ class Window:
         return report, values[len(values) - (0 if extra is None else extra.numel()) :]
 
     def _report(self, kept: Mapping[str, list[float]]) -> dict[str, float]:
-        report = {}
+        report: dict[str, float] = {}
         for part, name in enumerate(self._parts.names):
             for row, figure in enumerate(self._figures):
                 place = row * len(self._parts.names) + part

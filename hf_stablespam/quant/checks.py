@@ -113,7 +113,7 @@ def _check_format(config: FourBitConfig, dtype: torch.dtype) -> None:
     if format.zero_point:
         logger.warning(
             "weight='int4_asym': compressed-tensors 0.18 to 0.20 loads zero points only with"
-            " from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True));"
+            " from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True)) of transformers 5;"
             " weight='int4' loads plainly"
         )
     if config.group_size not in KERNEL_GROUPS:

@@ -60,6 +60,8 @@ class FourBitConfig:
         keep_last_blocks: this many of the model's last blocks stay in high precision.
         cache_weights: keep the 4-bit weight from one optimizer step to the next instead of making it anew in
             every forward pass; costs one more tensor of the weight's size for each layer.
+        fused: quantize by one Triton kernel on a GPU. Experimental: tested in Triton's interpreter and compiled for
+            a GPU, but not yet run on one. No effect on a CPU.
 
     Raises:
         ValueError: an option out of its range, or two that exclude each other.
@@ -89,6 +91,7 @@ class FourBitConfig:
     target_modules: tuple[str, ...] | None = None
     keep_last_blocks: int = 0
     cache_weights: bool = True
+    fused: bool = False
 
     def __post_init__(self) -> None:
         for operand in ("weight", "activation", "gradient"):
@@ -119,7 +122,7 @@ class FourBitConfig:
                 raise ValueError(
                     f"{field} must be one of {names}, got {getattr(self, field)!r}; {known[0]!r} is the default"
                 )
-        for field in ("four_over_six", "cache_weights"):
+        for field in ("four_over_six", "cache_weights", "fused"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be True or False, got {getattr(self, field)!r}")
         if self.hadamard == "weight_grad" and self.gradient is None:
@@ -214,6 +217,7 @@ def _quantizer(config: FourBitConfig, operand: str) -> Quantizer | None:
         square=operand == "weight" and config.weight_block == "2d",
         scale_rule=config.mx_scale_rule,
         four_over_six=config.four_over_six and format.scale is ScaleKind.E4M3,
+        fused=config.fused,
     )
 
 

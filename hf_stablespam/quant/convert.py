@@ -25,6 +25,8 @@ FUSED_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("qu
 
 # Layers of PEFT that hold the adapter: small, and trained in full precision.
 ADAPTER_CONTAINERS = re.compile(r"(^|\.)(lora_|vera_|ia3_|oft_|boft_|modules_to_save)")
+# Packages whose layers transformers puts in for 4-bit training (FourOverSixConfig, FPQuantConfig).
+PREPARED_BY = ("fouroversix", "fp_quant")
 # Weights that nobody expects to be converted go unmentioned.
 QUIET = (nn.Embedding, nn.LayerNorm, nn.RMSNorm)
 
@@ -33,7 +35,8 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
     """Swap the class of the model's `nn.Linear` layers to `FourBitLinear`, in place.
 
     Parameters, their identity, hooks and the keys of the state dict stay; so optimizers, DDP, FSDP2, checkpointing
-    and saving work as before. One line on the log says how many layers were converted and what was left alone.
+    and saving work as before. One line on the log says how many layers were converted and what was left alone; layers
+    that transformers prepared for 4-bit training itself (FourOverSixConfig, FPQuantConfig) are.
     Converting again with the same configuration does nothing.
 
     Args:
@@ -64,6 +67,12 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
                 f"layer {name!r} is already converted with another configuration; call restore_linear(model) first"
             )
     converted = [name for name, module in model.named_modules() if isinstance(module, FourBitLinear)]
+    prepared = any(type(module).__module__.split(".")[0] in PREPARED_BY for module in model.modules())
+    if not chosen and prepared and not converted:
+        logger.info(
+            "4-bit training: the model was prepared by transformers; left alone: %s", ", ".join(left_alone(model))
+        )
+        return model
     if not chosen and not converted:
         raise ValueError(f"no layer to convert to 4 bits: {_why_nothing(model, config)}")
     for module in chosen.values():

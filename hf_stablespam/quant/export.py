@@ -36,7 +36,8 @@ def export_4bit(
     """Write the 4-bit weights of a trained model as a packed checkpoint.
 
     Plain ``AutoModelForCausalLM.from_pretrained(directory)`` loads it (with compressed-tensors installed), as do
-    inference engines. In bfloat16 its weights are exactly those that the forward pass of training used.
+    inference engines. In bfloat16 its weights are exactly those that the forward pass of training used. (transformers
+    before 5 rounds NVFP4's global scale while loading, and cannot load ``int4_asym``.)
 
     Args:
         model: a transformers model converted by `convert_to_4bit`; it is not changed.

@@ -6,47 +6,54 @@ so the product stays the same, while a single large number is spread over its bl
 
 from __future__ import annotations
 
+import random
+
 import torch
 from torch import Tensor
 
 _made: dict[tuple, Tensor] = {}
 
 
-@torch.compiler.assume_constant_result
-def _matrix(size: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(size, size) orthogonal: a diagonal of random signs times the Hadamard matrix over the root of `size`."""
-    key = (size, seed, dtype, device)
+def random_signs(size: int, seed: int) -> tuple[float, ...]:
+    """`size` random signs; plain numbers, so that a compiled graph may hold them."""
+    return tuple(random.Random(seed).choices((-1.0, 1.0), k=size))
+
+
+def _matrix(signs: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Orthogonal: a diagonal of `signs` times the Hadamard matrix over the root of its size."""
+    if torch.compiler.is_compiling():
+        return _make(signs).to(dtype=dtype, device=device)
+    key = (signs, dtype, device)
     if key not in _made:
         with torch.inference_mode(False):
-            _made[key] = _make(size, seed).to(dtype=dtype, device=device)
+            _made[key] = _make(signs).to(dtype=dtype, device=device)
     return _made[key]
 
 
-def _make(size: int, seed: int) -> Tensor:
+def _make(signs: tuple[float, ...]) -> Tensor:
     hadamard = torch.ones(1, 1, dtype=torch.float64)
-    while hadamard.shape[0] < size:
+    while hadamard.shape[0] < len(signs):
         hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (size, 1), generator=generator) * 2 - 1
-    return signs * hadamard / size**0.5
+    return torch.tensor(signs, dtype=torch.float64).unsqueeze(1) * hadamard / len(signs) ** 0.5
 
 
-def hadamard_transform(x: Tensor, size: int, seed: int = 0, inverse: bool = False) -> Tensor:
-    """Transform every `size` numbers along the last dimension; a remainder of a row stays as it is.
+def hadamard_transform(x: Tensor, signs: tuple[float, ...], inverse: bool = False) -> Tensor:
+    """Transform every block of numbers along the last dimension; a remainder of a row stays as it is.
 
     Args:
         x: (..., width) numbers.
-        size: numbers in a block, a power of two.
-        seed: seed of the random signs; two operands must use the same.
+        signs: one random sign for each number of a block (a power of two of them), see `random_signs`; both
+            operands of a product must use the same.
         inverse: undo the transform.
 
     Example:
         >>> x = torch.randn(3, 40, dtype=torch.float64)
-        >>> y = hadamard_transform(x, 16)
+        >>> y = hadamard_transform(x, random_signs(16, seed=0))
         >>> torch.allclose(y @ y.T, x @ x.T), torch.equal(y[:, 32:], x[:, 32:])
         (True, True)
     """
-    matrix = _matrix(size, seed, x.dtype, x.device)
+    size = len(signs)
+    matrix = _matrix(signs, x.dtype, x.device)
     if inverse:
         matrix = matrix.t()
     whole = x.shape[-1] // size * size

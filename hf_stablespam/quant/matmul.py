@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_stablespam.quant.config import FourBitConfig
-from hf_stablespam.quant.hadamard import hadamard_transform
+from hf_stablespam.quant.hadamard import hadamard_transform, random_signs
 from hf_stablespam.quant.quantizer import Quantizer
 
 
@@ -34,8 +34,7 @@ class Recipe(NamedTuple):
     activation: Quantizer | None
     gradient: Quantizer | None
     hadamard: str | None
-    size: int
-    seed: int
+    signs: tuple[float, ...]
 
     @classmethod
     def of(cls, config: FourBitConfig) -> Recipe:
@@ -45,13 +44,12 @@ class Recipe(NamedTuple):
             activation=config.quantizer("activation"),
             gradient=config.quantizer("gradient"),
             hadamard=config.hadamard,
-            size=config.hadamard_size,
-            seed=config.hadamard_seed,
+            signs=random_signs(config.hadamard_size, config.hadamard_seed) if config.hadamard else (),
         )
 
     def turn(self, x: Tensor, inverse: bool = False) -> Tensor:
         """`x` transformed along its last dimension."""
-        return hadamard_transform(x, self.size, self.seed, inverse)
+        return hadamard_transform(x, self.signs, inverse)
 
 
 def on_grid(x: Tensor, quantizer: Quantizer | None, amax: Tensor | None = None) -> Tensor:

@@ -31,6 +31,7 @@ class Quantizer:
         square: groups span `group_size` rows as well (2-D blocks).
         scale_rule: ``"floor"``, ``"even"`` or ``"rceil"``, for `ScaleKind.E8M0`.
         four_over_six: map a block's maximum to 4 or to 6, whichever errs less, for `ScaleKind.E4M3`.
+        fused: use the Triton kernel of `fused.py` on a GPU, where it covers the case.
 
     Example:
         >>> from hf_stablespam.quant.formats import FORMATS
@@ -46,11 +47,17 @@ class Quantizer:
     square: bool = False
     scale_rule: str = "even"
     four_over_six: bool = False
+    fused: bool = False
 
     def __call__(self, x: Tensor, amax: Tensor | None = None) -> Tensor:
         """`x` on the grid, in its own dtype. For `amax` see `quantize`."""
         if x.numel() == 0:
             return x
+        if self.fused and x.is_cuda and not torch.compiler.is_compiling():
+            from hf_stablespam.quant import fused  # needs Triton
+
+            if fused.covers(x, self):
+                return fused.fake_quantize(x, self, amax)
         return quantize(x, self, amax).dequantize().to(x.dtype)
 
 

@@ -6,11 +6,22 @@ from hf_stablespam._names import lazy_attributes
 from hf_stablespam.trainer.registration import register
 
 if TYPE_CHECKING:
+    from hf_stablespam.trainer.checkpoints import last_complete_checkpoint
     from hf_stablespam.trainer.four_bit import FourBitCallback
     from hf_stablespam.trainer.gradient_norm import GradientNormCallback
     from hf_stablespam.trainer.momentum_reset import MomentumResetCallback
+    from hf_stablespam.trainer.spike_recorder import SpikeRecorder
+    from hf_stablespam.trainer.stabilize import StabilizeCallback
 
-__all__ = ["FourBitCallback", "GradientNormCallback", "MomentumResetCallback", "register"]
+__all__ = [
+    "FourBitCallback",
+    "GradientNormCallback",
+    "MomentumResetCallback",
+    "SpikeRecorder",
+    "StabilizeCallback",
+    "last_complete_checkpoint",
+    "register",
+]
 
 # Lazily, because registering must not import transformers: a script under the launcher may never need it.
 __getattr__, __dir__ = lazy_attributes(
@@ -19,5 +30,8 @@ __getattr__, __dir__ = lazy_attributes(
         "FourBitCallback": "hf_stablespam.trainer.four_bit",
         "GradientNormCallback": "hf_stablespam.trainer.gradient_norm",
         "MomentumResetCallback": "hf_stablespam.trainer.momentum_reset",
+        "SpikeRecorder": "hf_stablespam.trainer.spike_recorder",
+        "last_complete_checkpoint": "hf_stablespam.trainer.checkpoints",
+        "StabilizeCallback": "hf_stablespam.trainer.stabilize",
     },
 )

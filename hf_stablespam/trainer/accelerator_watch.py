@@ -37,7 +37,7 @@ def forget(optimizer: Any) -> None:
 
 def unclipped_norm(optimizer: Any) -> torch.Tensor | float | None:
     """The norm that this step's clipping measured, `None` where there was no clipping."""
-    norm = getattr(optimizer, _NORM, None)
+    norm: Any = getattr(optimizer, _NORM, None)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 

@@ -30,7 +30,12 @@ examples:
   python -m hf_stablespam --four-bit int4 --gradient-norms train.py --optim stable_spam --max_grad_norm 0
   python -m hf_stablespam -m package.train --optim stable_spam
   python -m hf_stablespam $(which trl) sft --optim stable_spam
-  torchrun --nproc_per_node 2 -m hf_stablespam train.py --optim stable_spam"""
+  torchrun --nproc_per_node 2 -m hf_stablespam train.py --optim stable_spam
+
+other commands, each with its own --help:
+  python -m hf_stablespam report RUN [RUN ...]       compare runs in one HTML file
+  python -m hf_stablespam export CHECKPOINT OUTPUT   write a packed 4-bit checkpoint
+  python -m hf_stablespam run SCRIPT                 the same as without `run`, for a script called `report`"""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -48,6 +48,7 @@ def test_the_demo_runs_from_one_end_to_the_other(tmp_path, capsys):
     for run in demo.RUNS:
         assert (tmp_path / run.folder / "model.safetensors").is_file()
         assert json.loads((tmp_path / run.folder / "all_results.json").read_text())["eval_loss"] > 0
+    assert "stable_spam_int4" in (tmp_path / "report.html").read_text()
     shown = capsys.readouterr().out
     assert shown.count("$ python examples/pretrain.py") == 3
     assert "--optim stable_spam --max_grad_norm 0 --four_bit int4" in shown

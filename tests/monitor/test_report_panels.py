@@ -43,16 +43,24 @@ def test_perplexity_is_the_exponential_and_has_a_gap_where_it_is_infinite():
 
 
 def test_spikes_and_resets_are_marked_on_the_curve():
-    spiked = run(steps=100)
-    spiked.spikes.append({"step": 50})
+    spikes = [{"step": 50, "tensor": "up", "score": 12.5}, {"step": 50, "tensor": "down", "score": None}]
+    spiked = Run("run", Path("x"), log_rows(100), spikes)
     found = panel([spiked], "gradient_norm")
     marks = {mark.name: mark for mark in found.marks}
     steps, norms = spiked.series("gradients/norm_max")
     assert list(marks["spike"].steps) == [50]
+    assert marks["spike"].texts == ["down, up ×12.5"]
     assert marks["spike"].values[0] == pytest.approx(norms[steps.index(50)], rel=1e-6)
     assert list(marks["reset"].steps) == [100]
     assert "▲ spike" in found.note
     assert "Faint: after stabilising" in found.note
+
+
+@pytest.mark.parametrize("key", ["gradients/resets", "momentum/resets"])
+def test_resets_have_two_owners(key):
+    rows = [{"step": step, "grad_norm": 1.0, key: float(step == 2)} for step in (1, 2, 3)]
+    (marks,) = panel([run(rows)], "gradient_norm").marks
+    assert (marks.name, list(marks.steps)) == ("reset", [2])
 
 
 def test_the_clipped_share_is_shown_where_it_is_known():
@@ -103,43 +111,12 @@ def test_a_block_without_a_norm_leaves_a_gap_in_the_heat_map():
     assert found.norms[1, 1] == 3.0
 
 
+def test_a_heat_map_prefers_the_largest_since_the_last_log():
+    rows = [{"step": 1, "gradients/norm/a": 1.0, "gradients/norm_max/a": 7.0}]
+    (found,) = report_panels.heat_maps([run(rows)], cells=100)
+    assert found.blocks == ["a"]
+    assert found.norms.tolist() == [[7.0]]
+
+
 def test_no_heat_map_without_blocks():
     assert report_panels.heat_maps([run()], cells=100) == []
-
-
-def test_steps_to_reach_compares_each_run_with_each():
-    fast = run([{"step": s, "eval_loss": 5.0 - s} for s in (1, 2, 3)], "fast")
-    slow = run([{"step": s, "eval_loss": 5.0 - s / 2} for s in (1, 2, 3)], "slow")
-    table = report_panels.reach_table([fast, slow])
-    assert table.columns == ["fast: 2", "slow: 3.5"]
-    assert table.rows == [("fast", ["3", "2"]), ("slow", ["not reached", "3"])]
-
-
-def test_without_evaluations_the_training_loss_is_compared():
-    runs = [
-        run([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], "a"),
-        run([{"step": 1, "train_runtime": 3.0}], "b"),
-    ]
-    assert report_panels.reach_table(runs).rows[0] == ("a", ["2", "–"])
-
-
-def test_a_single_run_has_nothing_to_reach():
-    assert report_panels.reach_table([run()]) is None
-
-
-def test_settings_that_differ_are_marked_and_folders_are_left_out():
-    one, two = run(label="one"), run(label="two")
-    one.settings.update({"learning_rate": "1", "seed": "1", "output_dir": "a", "adam_beta1": "0.9", "bf16": "True"})
-    two.settings.update({"learning_rate": "2", "seed": "1", "output_dir": "b", "adam_beta1": "0.9"})
-    table = report_panels.settings_table([one, two])
-    assert dict(table.rows) == {"learning_rate": ["1", "2"], "seed": ["1", "1"], "bf16": ["True", "–"]}
-    assert table.marked == {"learning_rate", "bf16"}
-
-
-def test_the_summary_shows_only_what_some_run_has():
-    table = report_panels.summary_table([run(), run([{"step": 7, "loss": 2.0}], "b")])
-    rows = dict(table.rows)
-    assert rows["last step"] == ["120", "7"]
-    assert rows["training loss"][1] == "2"
-    assert rows["validation loss"][1] == "–"
-    assert "spikes recorded" not in rows

@@ -5,6 +5,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -62,11 +64,13 @@ def whole(value):
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def train(params: list[torch.Tensor], place=lambda tensor: tensor) -> dict:
+def train(
+    params: list[torch.Tensor], place=lambda tensor: tensor, *, optimizer: StableSPAM | None = None, first: int = 1
+) -> dict:
     """Weights, states and statistics of a run, as whole tensors; and how many collectives each step took."""
-    optimizer = optimizer_for(params)
+    optimizer = optimizer or optimizer_for(params)
     history, collectives = [], []
-    for step in range(1, STEPS + 1):
+    for step in range(first, STEPS + 1):
         for param, grad in zip(params, gradients(step), strict=True):
             param.grad = None if grad is None else place(grad)
         with CommDebugMode() if step in COUNTED else nullcontext() as communication:
@@ -83,6 +87,57 @@ def train(params: list[torch.Tensor], place=lambda tensor: tensor) -> dict:
     }
 
 
+class Weights(torch.nn.Module):
+    """A model of nothing but parameters, since `torch.distributed.checkpoint` asks for a model."""
+
+    def __init__(self, params: list[torch.nn.Parameter]) -> None:
+        super().__init__()
+        for index, param in enumerate(params):
+            self.register_parameter(f"weight_{index}", param)
+
+
+def save(params: list[torch.nn.Parameter], optimizer: StableSPAM, folder) -> None:
+    model_state, optimizer_state = get_state_dict(Weights(params), optimizer)
+    checkpoint.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+
+
+def resume(params: list[torch.nn.Parameter], folder) -> StableSPAM:
+    model, optimizer = Weights(params), optimizer_for(params)
+    names = ("model", "optimizer")
+    states = dict(zip(names, get_state_dict(model, optimizer), strict=True))
+    checkpoint.load(states, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+    return optimizer
+
+
+def half_a_run(params: list[torch.nn.Parameter], folder, place=lambda tensor: tensor) -> None:
+    optimizer = optimizer_for(params)
+    for step in range(1, STEPS // 2 + 1):
+        for param, grad in zip(params, gradients(step), strict=True):
+            param.grad = place(grad)
+        optimizer.step()
+    save(params, optimizer, folder)
+
+
+def sharded_parameters(mesh) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(placed(param, mesh, (Shard(0),))) for param in parameters()]
+
+
+def train_from_and_to_checkpoints(folder) -> None:
+    """What a single process saved is continued on four; what four save, the single process continues."""
+    mesh = init_device_mesh("cpu", (4,))
+
+    def place(grad):
+        return placed(grad, mesh, (Shard(0),))
+
+    params = sharded_parameters(mesh)
+    optimizer = resume(params, folder / "of one")
+    torch.save(
+        train(params, place, optimizer=optimizer, first=STEPS // 2 + 1), folder / f"resumed {dist.get_rank()}.pt"
+    )
+    half_a_run(sharded_parameters(mesh), folder / "of four", place)
+
+
 def train_on_meshes(folder) -> None:
     for name, (shape, placements) in MESHES.items():
         mesh = init_device_mesh("cpu", shape)
@@ -91,6 +146,7 @@ def train_on_meshes(folder) -> None:
         shapes = dict(zip(SHAPES, of_tensor, strict=True))
         result = train(params, lambda grad, mesh=mesh, shapes=shapes: placed(grad, mesh, shapes[tuple(grad.shape)]))
         torch.save(result, folder / f"{name} {dist.get_rank()}.pt")
+    train_from_and_to_checkpoints(folder)
     refuse_partial_sums(folder)
     accept_partial_gradients(folder)
 
@@ -114,9 +170,14 @@ def accept_partial_gradients(folder) -> None:
     torch.save(optimizer.statistics, folder / f"partial {dist.get_rank()}.pt")
 
 
+def all_runs(folder) -> None:
+    half_a_run([torch.nn.Parameter(param) for param in parameters()], folder / "of one")
+    run_processes(4, train_on_meshes, folder)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return run_once(tmp_path_factory, "sharded", lambda folder: run_processes(4, train_on_meshes, folder))
+    return run_once(tmp_path_factory, "sharded", all_runs)
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +199,23 @@ def test_statistics_are_those_of_the_whole_tensor(results, expected, mesh, rank)
     result = torch.load(results / f"{mesh} {rank}.pt")
     for got, wanted in zip(result["statistics"], expected["statistics"], strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def assert_same_end(got, expected):
+    for part in ("params", "states"):
+        torch.testing.assert_close(got[part], expected[part], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got["statistics"], expected["statistics"][STEPS // 2 :], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_a_distributed_checkpoint_of_one_process_goes_on_with_four(results, expected, rank):
+    assert_same_end(torch.load(results / f"resumed {rank}.pt"), expected)
+
+
+def test_a_distributed_checkpoint_of_four_processes_goes_on_with_one(results, expected):
+    params = [torch.nn.Parameter(param) for param in parameters()]
+    optimizer = resume(params, results / "of four")
+    assert_same_end(train(params, optimizer=optimizer, first=STEPS // 2 + 1), expected)
 
 
 def test_the_run_has_a_spike_a_skipped_tensor_and_a_reset(expected):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("compressed_tensors", reason="export needs it; install the extra 'export'")
+import transformers
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, LlamaForCausalLM
 
 from hf_stablespam.quant import (
@@ -21,6 +22,10 @@ from hf_stablespam.quant import (
 )
 from hf_stablespam.quant.packing import fitting_groups, stored_multiplier
 from hf_stablespam.quant.scales import tensor_scale
+
+BEFORE_5 = int(transformers.__version__.split(".")[0]) < 5
+NVFP4_BEFORE_5 = "transformers 4 rounds NVFP4's float32 global scale to bfloat16 while loading: near, not exact"
+ZERO_POINT_BEFORE_5 = "transformers 4 cannot load zero points: CompressedTensorsConfig has no dequantize there"
 
 IDS = torch.arange(40).reshape(2, 20) % 64
 
@@ -77,6 +82,8 @@ CONFIGS = {
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_plain_reload_has_exactly_the_trained_logits(name: str, tied: bool, tmp_path: Path) -> None:
+    if BEFORE_5 and "nvfp4" in name:
+        pytest.skip(NVFP4_BEFORE_5)
     model = convert_to_4bit(llama(tie_word_embeddings=tied), CONFIGS[name])
     export_4bit(model, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -91,10 +98,11 @@ def test_a_model_trained_in_bfloat16_is_itself_the_reference(tmp_path: Path) -> 
     assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.skipif(BEFORE_5, reason=ZERO_POINT_BEFORE_5)
 def test_weights_with_a_zero_point_reload_dequantized_and_the_log_says_how(tmp_path, caplog) -> None:
     model = convert_to_4bit(llama(), FourBitConfig("int4_asym", None))
     export_4bit(model, tmp_path)
-    assert "CompressedTensorsConfig(dequantize=True)); weight='int4' loads plainly" in caplog.text
+    assert "CompressedTensorsConfig(dequantize=True)) of transformers 5; weight='int4' loads plainly" in caplog.text
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.bfloat16, quantization_config=CompressedTensorsConfig(dequantize=True)
     )
@@ -103,6 +111,8 @@ def test_weights_with_a_zero_point_reload_dequantized_and_the_log_says_how(tmp_p
 
 @pytest.mark.parametrize(("name", "remaining"), [("mxfp4", 0.0), ("nvfp4", 0.5)])
 def test_inputs_can_be_quantized_by_the_engine_too(name: str, remaining: float, tmp_path: Path) -> None:
+    if BEFORE_5 and name == "nvfp4":
+        pytest.skip(NVFP4_BEFORE_5)
     model = convert_to_4bit(parameters_to(llama(), torch.bfloat16), FourBitConfig(name, name))
     export_4bit(model, tmp_path, activations=True, calibration=[{"input_ids": IDS}])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)

@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_stablespam.quant import FourBitConfig, FourBitLinear
-from hf_stablespam.quant.hadamard import hadamard_transform
+from hf_stablespam.quant import FourBitConfig, FourBitLinear, hadamard
+from hf_stablespam.quant.hadamard import random_signs
+
+
+def hadamard_transform(x: torch.Tensor, size: int, seed: int = 0, inverse: bool = False) -> torch.Tensor:
+    return hadamard.hadamard_transform(x, random_signs(size, seed), inverse)
+
 
 RECIPES = {
     "plain": FourBitConfig(weight="int4", activation="int4", gradient="int4", group_size=16, activation_outliers=0),
@@ -59,10 +64,10 @@ def test_the_transform_is_orthogonal_and_leaves_the_remainder(size: int) -> None
     assert not torch.equal(y, hadamard_transform(x, size, seed=0))
 
 
-@pytest.mark.parametrize("hadamard", [None, "weight_grad", "all"])
-def test_without_formats_the_transforms_cancel(hadamard: str | None) -> None:
+@pytest.mark.parametrize("where", [None, "weight_grad", "all"])
+def test_without_formats_the_transforms_cancel(where: str | None) -> None:
     # A gradient format switches the transform on; the high-precision operands show that it cancels.
-    layer = FourBitLinear(40, 24, config=FourBitConfig(None, None, "int4", hadamard=hadamard), dtype=torch.float64)
+    layer = FourBitLinear(40, 24, config=FourBitConfig(None, None, "int4", hadamard=where), dtype=torch.float64)
     layer.recipe = layer.recipe._replace(gradient=lambda x, amax: x)
     x = torch.randn(50, 40, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(50, 24, dtype=torch.float64)

@@ -1,0 +1,127 @@
+"""Find the newest checkpoint that was written to its end, after a crash that may have struck while one was."""
+
+import json
+import logging
+import os
+import re
+import zipfile
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_STATE = "trainer_state.json"
+_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# One of each: single files, FSDP's folders, DeepSpeed's.
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "pytorch_model_fsdp_0", "global_step*")
+_OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")
+_FSDP_FOLDERS = ("pytorch_model_fsdp_0", "optimizer_0")
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """The newest checkpoint of a Trainer run from which it can go on exactly, for `resume_from_checkpoint`.
+
+    A process that is killed while it writes leaves a newest checkpoint with files missing or cut short. Such a one is
+    named in a warning and passed over; nothing is deleted or changed.
+
+    Args:
+        output_dir: the run's `TrainingArguments.output_dir`; it need not exist.
+
+    Returns:
+        The folder of the checkpoint, or `None` where there is no complete one.
+
+    Example:
+        >>> last_complete_checkpoint("no/such/run") is None
+        True
+        >>> trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))  # doctest: +SKIP
+    """
+    folder = Path(output_dir)
+    found = [(int(match[1]), path) for path in _folders(folder) if (match := _NAME.fullmatch(path.name))]
+    for step, path in sorted(found, reverse=True):
+        problem = what_is_missing(path, step)
+        if problem is None:
+            return str(path)
+        logger.warning("checkpoint %s is not complete and is passed over: %s", path, problem)
+    return None
+
+
+def what_is_missing(checkpoint: Path, step: int) -> str | None:
+    """Why a run cannot go on from a checkpoint, in words; `None` if it can.
+
+    Args:
+        checkpoint: its folder.
+        step: the number in the folder's name.
+    """
+    problem = _problem_of_state(checkpoint / _STATE, step)
+    if problem is None:
+        problem = _problem_of_presence(checkpoint)
+    if problem is None:
+        problems = (_problem_of_file(path) for path in sorted(checkpoint.iterdir()) if path.is_file())
+        problem = next((text for text in problems if text), None)
+    return problem
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+
+
+def _problem_of_state(path: Path, step: int) -> str | None:
+    """The Trainer writes its state after everything else: without it the rest cannot be trusted."""
+    try:
+        state = json.loads(path.read_text())
+    except FileNotFoundError:
+        return f"{_STATE}, which is written last, is missing"
+    except ValueError:
+        return f"{_STATE} is cut short"
+    if state.get("global_step") != step:
+        return f"{_STATE} says step {state.get('global_step')}"
+    return None
+
+
+def _problem_of_presence(checkpoint: Path) -> str | None:
+    def has(patterns: tuple[str, ...]) -> bool:
+        return any(next(checkpoint.glob(pattern), None) for pattern in patterns)
+
+    if not has(_WEIGHTS):
+        return "it has no weights"
+    if not has(_OPTIMIZER):
+        return "it has no optimizer state (as with save_only_model=True)"
+    for name in _INDICES:
+        if (checkpoint / name).exists() and (problem := _problem_of_shards(checkpoint / name)):
+            return problem
+    for name in _FSDP_FOLDERS:
+        if (checkpoint / name).is_dir() and not (checkpoint / name / ".metadata").is_file():
+            return f"{name}/.metadata, which is written last, is missing"
+    if (checkpoint / "rng_state_0.pth").exists() and not (checkpoint / "rng_state_1.pth").exists():
+        return "rng_state_1.pth is missing"  # a single process writes rng_state.pth
+    return None
+
+
+def _problem_of_shards(index: Path) -> str | None:
+    try:
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError):
+        return f"{index.name} is cut short"
+    missing = sorted(name for name in shards if not (index.parent / name).is_file())
+    return f"{missing[0]} is missing" if missing else None
+
+
+def _problem_of_file(path: Path) -> str | None:
+    if path.suffix == ".safetensors":
+        return None if _is_whole_safetensors(path) else f"{path.name} is cut short"
+    # torch.save writes a zip archive, whose table of contents comes last
+    if path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+        return f"{path.name} is cut short"
+    return None
+
+
+def _is_whole_safetensors(path: Path) -> bool:
+    """Whether the file is as long as its header says."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            return False
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return path.stat().st_size == 8 + length + max(ends, default=0)

@@ -1,0 +1,61 @@
+"""Ways of sharding that hand the optimizer flat slices are refused before training.
+
+Stable-SPAM's statistics are those of whole weight matrices. FSDP2 and tensor parallelism keep each parameter's identity
+(`DTensor`); FSDP1 and DeepSpeed ZeRO concatenate and cut, and the statistics would be wrong without any sign of it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+_INSTEAD = (
+    "whose flat slices have no whole-tensor statistics; use FSDP2 "
+    '(fsdp_config={"version": 2}, in accelerate\'s file fsdp_version: 2), DDP, or DeepSpeed stage 0'
+)
+
+
+def refuse_flat_shards(args: "TrainingArguments") -> None:
+    """Stop a run whose optimizer would see slices of concatenated parameters.
+
+    Args:
+        args: of the run; what `accelerate launch` configured is looked up as well.
+
+    Raises:
+        ValueError: for FSDP1, FSDP of torch_xla's first kind, and DeepSpeed ZeRO stages 1 to 3.
+    """
+    name = getattr(args.optim, "value", args.optim)
+    if fsdp_version(args) == 1:
+        raise ValueError(f"optim={name} does not work with FSDP version 1, {_INSTEAD}")
+    if (stage := zero_stage(args)) > 0:
+        raise ValueError(f"optim={name} does not work with DeepSpeed ZeRO stage {stage}, {_INSTEAD}")
+
+
+def fsdp_version(args: "TrainingArguments") -> int | None:
+    """1 or 2, or `None` without FSDP. The default of transformers 4 is 1, that of 5 is 2."""
+    plugin = _launched_plugin("fsdp_plugin")
+    if plugin is not None:
+        return int(getattr(plugin, "fsdp_version", 1))
+    if not args.fsdp:
+        return None
+    config: dict[str, Any] = args.fsdp_config or {}  # type: ignore[assignment]
+    if config.get("xla"):
+        return 2 if config.get("xla_fsdp_v2") else 1
+    filled_in = getattr(args, "fsdp_plugin_args", None) or {}
+    return int(filled_in.get("fsdp_version", config.get("version", 1)))
+
+
+def zero_stage(args: "TrainingArguments") -> int:
+    """DeepSpeed's ZeRO stage; 0 where it is not used, or does not shard."""
+    config = getattr(args, "hf_deepspeed_config", None)
+    if config is not None:
+        return int(config.get_value("zero_optimization.stage", 0))
+    plugin = getattr(args, "deepspeed_plugin", None)
+    return int(plugin.zero_stage) if plugin is not None else 0
+
+
+def _launched_plugin(name: str) -> Any:
+    """A plugin that the Trainer's `Accelerator` made from what `accelerate launch` left in the environment."""
+    from accelerate.state import AcceleratorState
+
+    return AcceleratorState._shared_state.get(name)

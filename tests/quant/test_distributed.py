@@ -1,0 +1,86 @@
+"""4-bit layers under DDP and FSDP2: two gloo processes train as one does."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_stablespam.quant import FourBitConfig, convert_to_4bit
+
+STEPS = 3
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.v_proj(torch.tanh(self.q_proj(x) * self.k_proj(x)))
+
+
+def make() -> nn.Module:
+    torch.manual_seed(0)
+    # Rows are quantized by themselves, so that a batch may be split without changing a code.
+    return convert_to_4bit(nn.Sequential(Block(), Block()), FourBitConfig("nvfp4", "int4", group_size=16))
+
+
+def train(model: nn.Module, rows: slice) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    batch = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))[rows]
+    for _ in range(STEPS):
+        for _ in range(2):  # gradients are accumulated
+            model(batch).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def work(rank: int, kind: str, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo")
+    model = make()
+    if kind == "ddp":
+        model = DistributedDataParallel(model)
+    else:
+        mesh = init_device_mesh("cpu", (2,))
+        for block in model:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    train(model, slice(4 * rank, 4 * rank + 4))
+    inner = model.module if kind == "ddp" else model
+    kept = [name for name, module in inner.named_modules() if getattr(module, "_kept", None) is not None]
+    # Gathered weights are freed after use: a 4-bit copy of them must not stay behind.
+    assert bool(kept) == (kind == "ddp"), kept
+    state = {
+        key: getattr(value, "full_tensor", lambda value=value: value)() for key, value in inner.state_dict().items()
+    }
+    if rank == 0:
+        torch.save(state, Path(folder) / "state.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one(kind: str, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(work, args=(kind, port, str(tmp_path)), nprocs=2)
+    reference = make()
+    train(reference, slice(0, 8))
+    state = torch.load(tmp_path / "state.pt")
+    assert list(state) == list(reference.state_dict())
+    for key, value in reference.state_dict().items():
+        torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-6)

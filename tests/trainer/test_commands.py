@@ -1,0 +1,62 @@
+"""The subcommands beside the launcher: `report` and `export`."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_stablespam import FourBitConfig, convert_to_4bit
+from hf_stablespam.__main__ import main
+from tests.trainer.helpers import tiny_llama, tiny_trainer
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["hf-stablespam", *map(str, arguments)])
+    return main()
+
+
+def test_report_compares_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("bokeh", reason="the report needs bokeh, which is not installed: it is in the extra report")
+    trainer = tiny_trainer(tmp_path / "run", max_steps=2)
+    trainer.train()
+    trainer.save_state()
+    assert command(monkeypatch, "report", tmp_path / "run", "-o", tmp_path / "report.html") == 0
+    assert "<html" in (tmp_path / "report.html").read_text()
+    assert capsys.readouterr().out.endswith(f"{tmp_path / 'report.html'}\n")
+
+
+def test_export_writes_what_training_computed_with(tmp_path, monkeypatch):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed: it is in the extra export")
+    model = tiny_llama(hidden_size=32, intermediate_size=64).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "trained")
+    flags = ("--weight", "int4", "--group_size", "32")
+    assert command(monkeypatch, "export", tmp_path / "trained", tmp_path / "packed", *flags) == 0
+
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype="auto")
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "trained", dtype="auto")
+    convert_to_4bit(trained, FourBitConfig(weight="int4", activation=None, group_size=32))
+    tokens = torch.arange(16).view(2, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(tokens).logits, trained(tokens).logits, rtol=0, atol=0)
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export", "nowhere", "out"], "nowhere has no config.json; give a folder that the Trainer"),
+        (["export", "nowhere", "nowhere"], "output must be another folder than the checkpoint, got 'nowhere'"),
+        (["report", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_uses_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, *arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert re.search(message, error)
