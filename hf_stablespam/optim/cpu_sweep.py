@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_stablespam.optim.formulas import clip_spikes, safe_norm
 from hf_stablespam.optim.pieces import Piece, Scratch, as_blocks, split
 from hf_stablespam.optim.plan import Clipping
-from hf_stablespam.optim.stabilize import clip_spikes, safe_norm
 
 TINY = 1e-15  # below it squares leave the range of float32, and norms are computed the careful way
 

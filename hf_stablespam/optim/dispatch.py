@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from hf_stablespam.optim.fused_cpu import fused_cpu_step
+from hf_stablespam.optim.galore import galore_path, is_projected
+from hf_stablespam.optim.low_bit import is_low_bit
 from hf_stablespam.optim.multi_tensor import foreach_step
 from hf_stablespam.optim.pieces import share_layout
 from hf_stablespam.optim.plain_adamw import is_plain_adamw, plain_adamw_step, unscale
@@ -38,7 +40,9 @@ def step_group(batch: Batch, options: Options) -> list[Result]:
 
 def choose_path(param: Tensor, grad: Tensor, state: State, options: Options) -> Path:
     """The path for one tensor, from the options ``fused`` and ``foreach``, its device, its dtype and its layout."""
-    if torch.compiler.is_compiling():
+    if is_projected(state):
+        return galore_path
+    if torch.compiler.is_compiling() or is_low_bit(state["exp_avg"]):
         return loop_step
     if param.is_cpu and is_plain_adamw(options) and _fits_plain_adamw(param, grad, state, options):
         return plain_step
