@@ -23,7 +23,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(BIN)/python setup.cfg constraints.txt
-	$(PIP) install --quiet -c constraints.txt -e '.[plot]'
+	$(PIP) install --quiet -c constraints.txt -e '.[plot,report]'
 	@touch $@
 
 $(VENV)/.dev: $(BIN)/python setup.cfg constraints.txt

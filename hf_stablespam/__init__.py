@@ -10,31 +10,35 @@ from hf_stablespam._names import lazy_attributes
 from hf_stablespam.trainer.registration import register
 
 if TYPE_CHECKING:
-    from hf_stablespam.optim import StableSPAM
+    from hf_stablespam.optim import SPAM, StableSPAM, stabilize
     from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, export_4bit, restore_linear
     from hf_stablespam.trainer import (
         FourBitCallback,
         GradientNormCallback,
         MomentumResetCallback,
         SpikeRecorder,
+        StabilizeCallback,
         last_complete_checkpoint,
     )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SPAM",
     "FourBitCallback",
     "FourBitConfig",
     "FourBitLinear",
     "GradientNormCallback",
     "MomentumResetCallback",
     "SpikeRecorder",
+    "StabilizeCallback",
     "StableSPAM",
     "convert_to_4bit",
     "export_4bit",
     "last_complete_checkpoint",
     "register",
     "restore_linear",
+    "stabilize",
 ]
 
 __getattr__, __dir__ = lazy_attributes(
@@ -45,12 +49,15 @@ __getattr__, __dir__ = lazy_attributes(
         "FourBitLinear": "hf_stablespam.quant",
         "GradientNormCallback": "hf_stablespam.trainer",
         "MomentumResetCallback": "hf_stablespam.trainer",
+        "SPAM": "hf_stablespam.optim",
         "SpikeRecorder": "hf_stablespam.trainer",
+        "StabilizeCallback": "hf_stablespam.trainer",
         "StableSPAM": "hf_stablespam.optim",
         "convert_to_4bit": "hf_stablespam.quant",
         "export_4bit": "hf_stablespam.quant",
         "last_complete_checkpoint": "hf_stablespam.trainer",
         "restore_linear": "hf_stablespam.quant",
+        "stabilize": "hf_stablespam.optim",
     },
 )
 

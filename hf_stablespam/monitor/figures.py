@@ -70,8 +70,9 @@ def sqnr_db(names: Sequence[str], sums: Sequence[float], by: By) -> dict[str, fl
         by: parts to report beside the whole, as for `Parts`. A ratio that is not finite is left out.
 
     Example:
-        >>> sqnr_db(["layers.0.up.weight", "layers.1.up.weight"], [10.0, 1.0, 10.0, 0.1], "block")
-        {'weight_sqnr_db': 12.596373105057561, 'weight_sqnr_db/layers.0': 10.0, 'weight_sqnr_db/layers.1': 20.0}
+        >>> found = sqnr_db(["layers.0.up.weight", "layers.1.up.weight"], [10.0, 1.0, 10.0, 0.1], "block")
+        >>> {name: round(decibels, 3) for name, decibels in found.items()}
+        {'weight_sqnr_db': 12.596, 'weight_sqnr_db/layers.0': 10.0, 'weight_sqnr_db/layers.1': 20.0}
     """
     found: dict[str, tuple[float, float]] = {}
     for index, name in enumerate(names):

@@ -70,6 +70,8 @@ def empty_figure(shared: Range1d, name: str, **options: Any) -> figure:
         **options,
     )
     plot.toolbar.logo = None
+    # Transparent from the first stroke: clearing a canvas leaves a rim of what was painted before.
+    plot.background_fill_color = plot.border_fill_color = plot.outline_line_color = None
     plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
     plot.xgrid.grid_line_color = None
     return plot

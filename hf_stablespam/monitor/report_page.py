@@ -40,7 +40,7 @@ section.wide { grid-column: 1 / -1; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 4px 14px; border-bottom: 1px solid var(--line); overflow-wrap: anywhere;
-  min-width: 130px; max-width: 340px; vertical-align: top; }
+  min-width: 150px; max-width: 340px; vertical-align: top; }
 th { font-weight: 600; } tbody th, th:first-child { text-align: left; padding-left: 0; font-weight: 500;
   position: sticky; left: 0; background: var(--card); }
 tr.marked td { background: var(--mark); }
@@ -59,10 +59,9 @@ SCRIPT = """
 
   function paint() {
     const style = getComputedStyle(root);
-    const [text, soft, line] = ["--text", "--soft", "--line"].map(name => style.getPropertyValue(name).trim());
-    const plain = { background_fill_color: null, border_fill_color: null, outline_line_color: null,
-      axis_label_text_color: soft, major_label_text_color: soft, axis_line_color: line, major_tick_line_color: line,
-      minor_tick_line_color: null, axis_label_text_font_style: "normal", title_text_color: text };
+    const [soft, line] = ["--soft", "--line"].map(name => style.getPropertyValue(name).trim());
+    const plain = { axis_label_text_color: soft, axis_label_text_font_style: "normal", major_label_text_color: soft,
+      axis_line_color: line, major_tick_line_color: line, minor_tick_line_color: null };
     for (const model of models()) {
       set(model, plain);
       if (model.type.endsWith("Grid") && model.grid_line_color !== null) model.grid_line_color = line;
@@ -151,6 +150,11 @@ def card(title: str, element: str, note: str = "", run: int | None = None, wide:
     return f"<section{kind}{owner}><h2>{escape(title)}</h2>{element}{paragraph(note)}</section>"
 
 
+def breakable(text: str) -> str:
+    """Escaped text that may go on in the next line after an underscore or a slash."""
+    return escape(text).replace("_", "_<wbr>").replace("/", "/<wbr>")
+
+
 def paragraph(text: str) -> str:
     """Small text, or nothing."""
     return f"<p>{escape(text)}</p>" if text else ""
@@ -158,12 +162,14 @@ def paragraph(text: str) -> str:
 
 def table_html(table: Table) -> str:
     """A table that scrolls on its own where it is wider than the screen."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in ["", *table.columns])
+    head = "".join(f"<th>{breakable(name)}</th>" for name in ["", *table.columns])
     rows = []
     for name, cells in table.rows:
         kind = ' class="marked"' if name in table.marked else ""
-        rows.append(f"<tr{kind}><th>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
-    kind = ' class="wide"' if len(table.columns) > NARROW_TABLE else ""
+        rows.append(
+            f"<tr{kind}><th>{breakable(name)}</th>{''.join(f'<td>{breakable(cell)}</td>' for cell in cells)}</tr>"
+        )
+    kind = ' class="wide"' if table.wide or len(table.columns) > NARROW_TABLE else ""
     return (
         f'<section{kind}><h2>{escape(table.title)}</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>{paragraph(table.note)}</section>"

@@ -27,13 +27,14 @@ NEVER_SHOWN = frozenset({"output_dir", "logging_dir", "run_name", "resume_from_c
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a heading for each row and column; `marked` rows stand out."""
+    """A table with a heading for each row and column; `marked` rows stand out, a `wide` one has no neighbour."""
 
     title: str
     columns: list[str]
     rows: list[tuple[str, list[str]]]
     marked: frozenset[str] = frozenset()
     note: str = ""
+    wide: bool = False
 
 
 def final_loss(run: Run) -> tuple[str, float] | None:
@@ -99,7 +100,7 @@ def settings_table(runs: Sequence[Run]) -> Table:
     rows = [(name, [run.settings.get(name, "–") for run in runs]) for name in kept]
     marked = frozenset(name for name in kept if name in differing)
     note = "Marked: settings in which the runs differ." if marked else ""
-    return Table("Settings", [run.label for run in runs], rows, marked, note)
+    return Table("Settings", [run.label for run in runs], rows, marked, note, wide=True)
 
 
 def number(value: float | None, digits: int = 6) -> str:

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_stablespam.optim.galore import is_target, projected_example, projection_state
+from hf_stablespam.optim.low_bit import fits, zero_moments
+
 logger = logging.getLogger(__name__)
 
 COUNTERS = ("step", "moment_step", "adopted_at")
@@ -23,14 +26,31 @@ _ADAMW_NAMES = {"step", *MOMENTS}
 _ADAMW_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize", "initial_lr", "params", "param_names")
 
 
-def fresh_state(param: Tensor, state_dtype: torch.dtype | None) -> dict[str, Tensor]:
+def fresh_state(param: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
     """Zeros (ones for scales): counters in float32 as torch keeps them, trackers in float32 or better."""
     precise = torch.promote_types(param.dtype, torch.float32)
     state = {name: torch.zeros((), dtype=torch.float32, device=param.device) for name in COUNTERS}
     state |= {name: torch.zeros((), dtype=precise, device=param.device) for name in TRACKERS}
     state |= {name: torch.ones((), dtype=precise, device=param.device) for name in SCALES}
-    dtype, layout = state_dtype or param.dtype, torch.preserve_format
+    if is_target(param, options):
+        state |= projection_state(param, options)
+        param = projected_example(param, options)
+    if fits(param, options["state_bits"]):
+        return state | zero_moments(param.shape, options["state_bits"], param.device)
+    dtype, layout = _moment_dtype(param, options), torch.preserve_format
     return state | {name: torch.zeros_like(param, dtype=dtype, memory_format=layout) for name in MOMENTS}
+
+
+def _moment_dtype(param: Tensor, options: dict[str, Any]) -> torch.dtype:
+    """The option's, or else the parameter's; but V of float16 would underflow to 0 and M/√V explode.
+
+    A float64 parameter keeps float64 moments: its gradients may be such that float32 cannot hold their squares.
+    """
+    if param.dtype == torch.float64:
+        return torch.float64
+    if options["state_dtype"] is None and param.dtype == torch.float16:
+        return torch.float32
+    return options["state_dtype"] or param.dtype
 
 
 def adopted(state_dict: dict[str, Any], own_groups: list[dict[str, Any]]) -> dict[str, Any]:
@@ -65,6 +85,22 @@ def adopted(state_dict: dict[str, Any], own_groups: list[dict[str, Any]]) -> dic
         "state": {index: _from_adamw(state) for index, state in states.items()},
         "param_groups": _with_missing_options(groups, own_groups),
     }
+
+
+def check_same_shapes(index: Any, fresh: dict[str, Tensor], saved: dict[str, Any]) -> None:
+    """A saved state fits the options that it is loaded under.
+
+    Raises:
+        ValueError: for the first entry that is missing or of another shape.
+    """
+    for name, value in fresh.items():
+        shape = tuple(saved[name].shape) if name in saved else None
+        if shape != tuple(value.shape):
+            raise ValueError(
+                f"the state of parameter {index} must hold {name} of shape {tuple(value.shape)}, got "
+                f"{shape or 'none'}; it was saved without these options (rank, proj_type): load it with those of "
+                "its run, or begin a new run from the weights alone"
+            )
 
 
 def _is_adamw(state: dict[str, Any]) -> bool:

@@ -51,16 +51,15 @@ def direct_numbers(batch: Batch, grad_max: Tensor, plan: Plan, options: Options)
     lr, beta2 = float(options["lr"]), options["betas"][1]
     factor, carry, carry_sq = plan.factor.double(), plan.carry.double(), plan.carry_sq.double()
     kept, kept_sq = plan.beta1.double() * carry, beta2 * carry_sq
-    dtype = plan.factor.dtype  # the scales must be what the state can hold
-    scale = (kept + (1 - plan.beta1.double()) * factor).to(dtype).double()
-    scale_sq = (kept_sq + (1 - beta2) * factor.square()).to(dtype).double()
+    scale = kept + (1 - plan.beta1.double()) * factor
+    scale_sq = kept_sq + (1 - beta2) * factor.square()
     own_beta1, own_beta2 = kept / scale, kept_sq / scale_sq
     root, correction2 = scale_sq.sqrt(), plan.correction2.double().sqrt()
     fits = plan.finite & (grad_max > LEAST_MAX) & (1 - own_beta1 > LEAST_SHARE) & (1 - own_beta2 > LEAST_SHARE)
     return DirectNumbers(
         fits=fits & torch.tensor([_is_large_and_direct(batch, index) for index in range(len(batch.params))]),
-        scale=scale.to(dtype),
-        scale_sq=scale_sq.to(dtype),
+        scale=scale.to(plan.factor.dtype),
+        scale_sq=scale_sq.to(plan.factor.dtype),
         beta1=own_beta1,
         beta2=own_beta2,
         lr=lr * scale / root * correction2 / plan.correction1.double(),

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_stablespam.optim.formulas import clip_spikes, safe_norm
 from hf_stablespam.optim.pieces import Piece, Scratch, as_blocks, split
 from hf_stablespam.optim.plan import Clipping
-from hf_stablespam.optim.stabilize import clip_spikes, safe_norm
 
 TINY = 1e-15  # below it squares leave the range of float32, and norms are computed the careful way
 
@@ -92,7 +92,7 @@ def clip(swept: Sweep, clipping: Clipping, scratch: Scratch) -> Clipped:
         if high > limits[0] or low < -limits[0]:
             patch = Patch(_rows_with_spikes(piece, limits[0], low, high, scratch.dtype), limits, None)
             old, new = patch.blocks(piece, scratch.dtype)
-            entries[piece.owner] += int((old != new).sum())
+            entries[piece.owner] += int((old != new).count_nonzero())
             squares[index] = _squares_after(piece, squares[index], old, new, patch.rows, scratch)
             room -= 2 * new.numel()
             patches[index] = patch._replace(kept=(old, new)) if room >= 0 else patch

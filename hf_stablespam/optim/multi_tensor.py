@@ -8,6 +8,7 @@ that leave it as it was.
 import torch
 from torch import Tensor
 
+from hf_stablespam.optim.formulas import clip_spikes
 from hf_stablespam.optim.pieces import buckets
 from hf_stablespam.optim.plan import (
     Batch,
@@ -22,7 +23,6 @@ from hf_stablespam.optim.plan import (
     store_trackers,
 )
 from hf_stablespam.optim.rounding import store
-from hf_stablespam.optim.stabilize import clip_spikes
 
 
 def foreach_step(batch: Batch, options: Options) -> dict[str, Tensor]:

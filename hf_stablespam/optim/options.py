@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_stablespam.optim.low_bit import BITS, require_torchao
+
 AUTO = "auto"
-STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
@@ -31,6 +33,13 @@ def check_at_least_zero(name: str, value: Any, remedy: str = "") -> None:
     """A finite number ≥ 0."""
     if not (_is_number(value) and value >= 0):
         raise ValueError(f"{name} must be a number >= 0, got {value!r}{remedy}")
+
+
+def check_above_zero(name: str, value: Any, remedy: str = "") -> None:
+    """A finite number > 0."""
+    check_at_least_zero(name, value, remedy)
+    if value == 0:
+        raise ValueError(f"{name} must be a number > 0, got {value!r}{remedy}")
 
 
 def check_learning_rate(value: Any) -> None:
@@ -86,7 +95,24 @@ def check_state_dtype(value: Any) -> None:
     """The dtype of Adam's moments: a floating dtype of torch, or ``None`` for the parameter's."""
     if value is not None and not (isinstance(value, torch.dtype) and value in STATE_DTYPES):
         names = ", ".join(str(dtype) for dtype in STATE_DTYPES)
-        raise ValueError(f"state_dtype must be one of {names} or None (the parameter's own), got {value!r}")
+        raise ValueError(
+            f"state_dtype must be one of {names} or None (the parameter's own, float32 for float16), got {value!r}"
+        )
+
+
+def check_state_bits(options: dict[str, Any]) -> None:
+    """Bits of Adam's moments: 4, 8 or 32; below 32 with torchao, and by the one path that knows them."""
+    bits = options["state_bits"]
+    if not (_is_whole(bits) and bits in BITS):
+        raise ValueError(f"state_bits must be 4, 8 or 32, got {bits!r}; 32 keeps the moments in state_dtype")
+    if bits == 32:
+        return
+    if options["state_dtype"] is not None:
+        raise ValueError(f"state_dtype must be None with state_bits={bits}, got {options['state_dtype']}; set one")
+    for path in ("fused", "foreach"):
+        if options[path]:
+            raise ValueError(f"{path} must be None or False with state_bits={bits}, got True; leave it out")
+    require_torchao(bits)
 
 
 def _check_optional(check: Callable[..., None], name: str, value: Any, part: str) -> None:
@@ -114,6 +140,7 @@ def check_stable_spam(options: dict[str, Any]) -> None:
     check_parallel_paths(options["foreach"], options["fused"])
     check_state_dtype(options["state_dtype"])
     check_flag("stochastic_rounding", options["stochastic_rounding"])
+    check_state_bits(options)
 
 
 def check_group_names(group: dict[str, Any], known: Iterable[str]) -> None:

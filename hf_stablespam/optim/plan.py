@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_stablespam.optim.formulas import bias_correction, clip_ratio, clip_threshold, norm_factor, norm_target
 from hf_stablespam.optim.schedule import cosine_decay
-from hf_stablespam.optim.stabilize import bias_correction, clip_ratio, clip_threshold, norm_factor, norm_target
 
 State = dict[str, Tensor]
 Options = dict[str, Any]

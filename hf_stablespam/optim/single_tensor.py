@@ -7,6 +7,8 @@ the same.
 import torch
 from torch import Tensor
 
+from hf_stablespam.optim import low_bit
+from hf_stablespam.optim.formulas import clip_spikes, safe_norm
 from hf_stablespam.optim.plan import (
     Clipping,
     Options,
@@ -18,7 +20,6 @@ from hf_stablespam.optim.plan import (
     step_statistics,
 )
 from hf_stablespam.optim.rounding import store
-from hf_stablespam.optim.stabilize import clip_spikes, safe_norm
 
 
 def stable_spam_step(param: Tensor, grad: Tensor, state: State, options: Options) -> dict[str, Tensor]:
@@ -38,12 +39,17 @@ def stable_spam_step(param: Tensor, grad: Tensor, state: State, options: Options
     """
     grad, plan, statistics = stabilized(grad, state, options)
     exp_avg, exp_avg_sq, weight = adam(param.to(grad.dtype), grad, state, plan, options)
-    for name, value in plan.trackers._asdict().items():
-        state[name].copy_(value)
-    for target, value in ((state["exp_avg"], exp_avg), (state["exp_avg_sq"], exp_avg_sq)):
-        target.copy_(torch.where(plan.finite, value.to(target.dtype), target))
+    store_state(state, plan, exp_avg, exp_avg_sq)
     store(param, torch.where(plan.finite, weight, param), stochastic=options["stochastic_rounding"])
     return statistics
+
+
+def store_state(state: State, plan: Plan, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    """Write the new trackers and, if the gradient was finite, the new moments."""
+    for name, value in plan.trackers._asdict().items():
+        state[name].copy_(value)
+    low_bit.write(state["exp_avg"], exp_avg, plan.finite)
+    low_bit.write(state["exp_avg_sq"], exp_avg_sq, plan.finite)
 
 
 def stabilized(grad: Tensor, state: State, options: Options) -> tuple[Tensor, Plan, dict[str, Tensor]]:
@@ -54,7 +60,8 @@ def stabilized(grad: Tensor, state: State, options: Options) -> tuple[Tensor, Pl
         grad = -grad
     grad_max = grad.abs().amax()
     grad_norm = safe_norm(grad, grad_max)
-    clipping = plan_clipping(old, grad_max, options)
+    # under GaLore AdaClip's average is younger than the other trackers
+    clipping = plan_clipping(old._replace(adopted_at=state.get("clip_since", old.adopted_at)), grad_max, options)
     grad, clipped, norm = _clip(grad, grad_max, grad_norm, clipping, options)
     plan = plan_adam(old, clipping, grad_norm, norm, options)
     return grad * plan.factor, plan, step_statistics(grad_norm, grad_max, clipping, clipped, norm, plan)
@@ -72,8 +79,8 @@ def _clip(
 def adam(weight: Tensor, grad: Tensor, state: State, plan: Plan, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """MoRet and AdamW: the new ``M``, ``V`` and weight, in the dtype of the stabilised gradient."""
     lr, beta2 = options["lr"], options["betas"][1]
-    exp_avg = plan.beta1 * (state["exp_avg"].to(grad.dtype) * plan.carry) + (1 - plan.beta1) * grad
-    old_sq = state["exp_avg_sq"].to(grad.dtype) * plan.carry_sq
+    exp_avg = plan.beta1 * (low_bit.read(state["exp_avg"], grad.dtype) * plan.carry) + (1 - plan.beta1) * grad
+    old_sq = low_bit.read(state["exp_avg_sq"], grad.dtype) * plan.carry_sq
     exp_avg_sq = beta2 * old_sq + (1 - beta2) * grad.square()
     root = (exp_avg_sq / plan.correction2).sqrt() + options["eps"]
     weight = weight * (1 - lr * options["weight_decay"]) - lr * (exp_avg / plan.correction1) / root

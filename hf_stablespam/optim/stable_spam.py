@@ -1,4 +1,4 @@
-"""The Stable-SPAM optimizer: options, state, dispatch. The mathematics is in `stabilize` and its neighbours."""
+"""The Stable-SPAM optimizer: options, state, dispatch. The mathematics is in `formulas` and its neighbours."""
 
 from collections.abc import Callable
 from itertools import chain
@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from hf_stablespam.optim.adoption import MOMENTS, SCALES, adopted, fresh_state
+from hf_stablespam.optim.adoption import MOMENTS, SCALES, adopted, check_same_shapes, fresh_state
 from hf_stablespam.optim.dispatch import step_group
+from hf_stablespam.optim.galore import warn_of_clamped_rank
+from hf_stablespam.optim.galore_options import check_galore, check_targets
+from hf_stablespam.optim.low_bit import clear
 from hf_stablespam.optim.options import AUTO, check_group_names, check_stable_spam
 from hf_stablespam.optim.plan import Batch, Result
 from hf_stablespam.optim.sharded import set_sharded_apart, sharded_step
@@ -63,12 +66,24 @@ class StableSPAM(Optimizer):
         maximize: climb instead of descend. Default ``False``.
         foreach: force (``True``) or forbid (``False``) the multi-tensor path. Default ``None``: choose.
         fused: force or forbid the fused path. Default ``None``: choose the fastest that fits device, dtype and layout:
-            fused on the CPU, foreach on CUDA, one tensor after the other for everything else.
+            fused on CPU and CUDA (there it needs triton), else foreach on CUDA, else one tensor after the other.
         state_dtype: dtype of ``M`` and ``V``, such as ``torch.float32`` for bfloat16 parameters. Default ``None``: the
-            parameter's. The trackers are float32 (float64 for float64 parameters) whatever it is.
+            parameter's, but float32 for float16, whose range is too small for ``V``. Trackers are in float32 whatever
+            it is. For float64 parameters everything is in float64.
         stochastic_rounding: round new bfloat16 weights up or down at random, so that on average updates smaller than
             the distance between two bfloat16 numbers arrive (torch's generator; needs no float32 copy of the
             weights). Default ``False``: to nearest. Other dtypes are always rounded to nearest.
+        state_bits: 8 or 4 to keep ``M`` and ``V`` in so many bits with a scale per block (2.03 and 1.06 bytes per
+            parameter; extra ``lowbit``, which is torchao). Default 32: as ``state_dtype`` says. Tensors of fewer than
+            4096 entries, or not of whole blocks of 256 (128), are kept in full. One tensor is updated after the other.
+        rank: ``r`` of GaLore (arXiv 2403.03507; see `hf_stablespam.optim.galore`): clip, normalise and keep moments of
+            a projection of each 2-dimensional gradient to so many directions. Give it to the groups of the attention
+            and MLP weights. Above the smaller side of a matrix it is clamped, with one warning. Default ``None``: off.
+        update_proj_gap: steps between new directions. Default 200, GaLore's.
+        scale: ``α``, which multiplies the update of projected matrices. Default 0.25, GaLore's.
+        proj_type: side that is projected: "std" (the default; the right one of a matrix with at least as many rows as
+            columns, else the left one), "reverse_std", "left", "right" or "full" (both).
+        reset_on_switch: reset the moments of a matrix when it gets new directions. Default ``False``.
 
     Raises:
         ValueError: for an option out of its range, a complex parameter, a sparse gradient.
@@ -101,6 +116,12 @@ class StableSPAM(Optimizer):
         fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
+        state_bits: int = 32,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        reset_on_switch: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -117,8 +138,15 @@ class StableSPAM(Optimizer):
             "fused": fused,
             "state_dtype": state_dtype,
             "stochastic_rounding": stochastic_rounding,
+            "state_bits": state_bits,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "proj_type": proj_type,
+            "reset_on_switch": reset_on_switch,
         }
         check_stable_spam(defaults)
+        check_galore(defaults)
         self._last_step: list[Result] = []
         super().__init__(params, defaults)
 
@@ -132,7 +160,15 @@ class StableSPAM(Optimizer):
         if isinstance(param_group, dict):
             check_group_names(param_group, self.defaults)
             check_stable_spam({**self.defaults, **param_group})
+            check_galore({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        try:
+            check_targets(param_group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        if (rank := self.param_groups[-1]["rank"]) is not None:
+            warn_of_clamped_rank(self.param_groups[-1]["params"], rank)
         for index, param in enumerate(self.param_groups[-1]["params"]):
             if param.is_complex():
                 self.param_groups.pop()
@@ -162,7 +198,7 @@ class StableSPAM(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            _check_before_step(group)
+            check_before_step(group)
         batches = [(self._batch(group), group) for group in self.param_groups]
         batches, sharded = set_sharded_apart(batches)
         self._last_step = sharded_step(sharded)
@@ -188,7 +224,7 @@ class StableSPAM(Optimizer):
         for state in self.state.values():
             for name in (*MOMENTS, "moment_step"):
                 if name in state:
-                    state[name].zero_()
+                    clear(state[name])
             for name in SCALES:
                 if name in state:
                     state[name].fill_(1)
@@ -255,7 +291,8 @@ class StableSPAM(Optimizer):
         pairs = [(param, group) for group in self.param_groups for param in group["params"]]
         for saved_id, (param, group) in zip(saved_ids, pairs, strict=True):
             if saved_id in state_dict["state"]:
-                fresh, saved = fresh_state(param, group["state_dtype"]), state_dict["state"][saved_id]
+                fresh, saved = fresh_state(param, group), state_dict["state"][saved_id]
+                check_same_shapes(saved_id, fresh, saved)
                 self.state[param] = {name: fresh[name].copy_(saved[name]) for name in fresh}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -271,14 +308,19 @@ class StableSPAM(Optimizer):
         for param in group["params"]:
             if param.grad is not None and param.numel() > 0:
                 if not self.state[param]:
-                    self.state[param] = fresh_state(param, group["state_dtype"])
+                    self.state[param] = fresh_state(param, group)
                 batch.params.append(param)
                 batch.grads.append(param.grad)
                 batch.states.append(self.state[param])
         return batch
 
 
-def _check_before_step(group: dict[str, Any]) -> None:
+def check_before_step(group: dict[str, Any]) -> None:
+    """What a group must be when its parameters are about to be updated.
+
+    Raises:
+        ValueError: for a sparse gradient, and for ``decay_steps="auto"``.
+    """
     if group["decay_steps"] == AUTO:
         raise ValueError(
             "decay_steps must be a number of update steps or None when step() is called, got 'auto'; "

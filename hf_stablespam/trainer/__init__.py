@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from hf_stablespam.trainer.gradient_norm import GradientNormCallback
     from hf_stablespam.trainer.momentum_reset import MomentumResetCallback
     from hf_stablespam.trainer.spike_recorder import SpikeRecorder
+    from hf_stablespam.trainer.stabilize import StabilizeCallback
 
 __all__ = [
     "FourBitCallback",
     "GradientNormCallback",
     "MomentumResetCallback",
     "SpikeRecorder",
+    "StabilizeCallback",
     "last_complete_checkpoint",
     "register",
 ]
@@ -30,5 +32,6 @@ __getattr__, __dir__ = lazy_attributes(
         "MomentumResetCallback": "hf_stablespam.trainer.momentum_reset",
         "SpikeRecorder": "hf_stablespam.trainer.spike_recorder",
         "last_complete_checkpoint": "hf_stablespam.trainer.checkpoints",
+        "StabilizeCallback": "hf_stablespam.trainer.stabilize",
     },
 )

@@ -1,9 +1,17 @@
-"""From `TrainingArguments` to `StableSPAM`: the Trainer methods that `optim="stable_spam"` goes through."""
+"""From `TrainingArguments` to an optimizer: the Trainer methods that `optim="stable_spam"` and `"spam"` go through."""
 
 import functools
 import logging
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from hf_stablespam.trainer.galore import (
+    PROJECTION_OPTIONS,
+    check_layerwise,
+    parameter_groups,
+    say_what_the_gap_means,
+)
+from hf_stablespam.trainer.options import SPAM as SPAM_DIALECT
 from hf_stablespam.trainer.options import parse_optim_args
 from hf_stablespam.trainer.sharding import refuse_flat_shards
 
@@ -11,32 +19,31 @@ if TYPE_CHECKING:
     import torch
     from transformers import Trainer, TrainingArguments
 
-    from hf_stablespam.optim import StableSPAM
+    from hf_stablespam.optim import SPAM, StableSPAM
 
 logger = logging.getLogger(__name__)
 
 _MARK = "_hf_stablespam"
 
 
-def optimizer_cls_and_kwargs(args: "TrainingArguments") -> "tuple[type[StableSPAM], dict[str, Any]]":
+def optimizer_cls_and_kwargs(
+    args: "TrainingArguments", model: "torch.nn.Module | None" = None
+) -> "tuple[type[StableSPAM], dict[str, Any]]":
     """The class and the keyword arguments that the Trainer builds its optimizer from.
 
     Learning rate, betas and epsilon come from their fields in `args`, the weight decay from the groups that the
     Trainer makes, everything else from `args.optim_args`. Unless it says otherwise the decay spans the run:
-    `decay_steps="auto"`, replaced by the number of update steps as soon as the Trainer knows it.
+    `decay_steps="auto"`, replaced by the number of update steps as soon as the Trainer knows it. With `rank` in
+    `optim_args` the groups are made here: the layers that `args.optim_target_modules` means, and the others.
 
     Raises:
-        ValueError: `optim_args` cannot be read; or the run is sharded in a way that leaves no whole tensors.
+        ValueError: `optim_args` cannot be read, or asks for what other arguments rule out; or the run is sharded in a
+            way that leaves no whole tensors.
     """
-    from hf_stablespam.optim import StableSPAM
+    from hf_stablespam.optim import LayerwiseStableSPAM, StableSPAM
 
     refuse_flat_shards(args)
-    if args.max_grad_norm > 0 and args.process_index == 0:
-        logger.warning(
-            "max_grad_norm=%s clips the whole gradient before Stable-SPAM sees it: its own spike clipping then "
-            "works on shrunken gradients and its thresholds follow them. Set max_grad_norm=0.",
-            args.max_grad_norm,
-        )
+    warn_of_global_clipping(args)
     kwargs = {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
@@ -44,7 +51,52 @@ def optimizer_cls_and_kwargs(args: "TrainingArguments") -> "tuple[type[StableSPA
         "decay_steps": "auto",
         **parse_optim_args(args.optim_args),
     }
-    return StableSPAM, kwargs
+    say_what_the_gap_means(kwargs, args.optim_args)
+    layerwise = kwargs.pop("layerwise", False)
+    if layerwise:
+        check_layerwise(args)
+    if kwargs.get("rank") is not None or args.optim_target_modules is not None:
+        projection = {name: kwargs.pop(name) for name in PROJECTION_OPTIONS if name in kwargs}
+        kwargs["params"] = parameter_groups(args, model, projection)
+    return LayerwiseStableSPAM if layerwise else StableSPAM, kwargs
+
+
+def spam_cls_and_kwargs(
+    args: "TrainingArguments", model: "torch.nn.Module | None" = None
+) -> "tuple[type[SPAM], dict[str, Any]]":
+    """The same for `optim="spam"`. (The paper's ε is 1e-6; the Trainer's own default, `adam_epsilon`, is 1e-8.)
+
+    Raises:
+        ValueError: `optim_args` cannot be read.
+    """
+    from hf_stablespam.optim import SPAM
+
+    warn_of_global_clipping(args, "SPAM")
+    kwargs = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        **parse_optim_args(args.optim_args, SPAM_DIALECT),
+    }
+    return SPAM, kwargs
+
+
+# `optim` → what builds it.
+BUILDERS: Mapping[str, Callable[["TrainingArguments", Any], tuple[Any, dict[str, Any]]]] = {
+    "spam": spam_cls_and_kwargs,
+    "stable_spam": optimizer_cls_and_kwargs,
+}
+
+
+def warn_of_global_clipping(args: "TrainingArguments", method: str = "Stable-SPAM") -> None:
+    """Say, once per run, that the Trainer's own clipping takes the spikes away before AdaClip sees them."""
+    if args.max_grad_norm > 0 and args.process_index == 0:
+        logger.warning(
+            "max_grad_norm=%s clips the whole gradient before %s sees it: its own spike clipping then "
+            "works on shrunken gradients and its thresholds follow them. Set max_grad_norm=0.",
+            args.max_grad_norm,
+            method,
+        )
 
 
 def set_decay_steps(optimizer: "torch.optim.Optimizer", num_training_steps: int) -> None:
@@ -54,20 +106,21 @@ def set_decay_steps(optimizer: "torch.optim.Optimizer", num_training_steps: int)
             group["decay_steps"] = num_training_steps
 
 
-def wrap_trainer(trainer_cls: "type[Trainer]", name: str) -> None:
-    """Teach `Trainer`, and so every subclass, that `optim=name` means `StableSPAM`. Twice is harmless."""
+def wrap_trainer(trainer_cls: "type[Trainer]") -> None:
+    """Teach `Trainer`, and so every subclass, what `optim` means for the names of `BUILDERS`. Twice is harmless."""
     if getattr(trainer_cls.get_optimizer_cls_and_kwargs, _MARK, False):
         return
     trainer_cls.get_optimizer_cls_and_kwargs = staticmethod(  # type: ignore[method-assign]
-        _knowing(trainer_cls.get_optimizer_cls_and_kwargs, name)
+        _knowing(trainer_cls.get_optimizer_cls_and_kwargs)
     )
     trainer_cls.create_scheduler = _resolving_auto(trainer_cls.create_scheduler)  # type: ignore[method-assign]
 
 
-def _knowing(original: Any, name: str) -> Any:
+def _knowing(original: Any) -> Any:
     @functools.wraps(original)
     def get_optimizer_cls_and_kwargs(args: "TrainingArguments", model: Any = None) -> tuple[Any, Any]:
-        return optimizer_cls_and_kwargs(args) if args.optim == name else original(args, model)
+        build = BUILDERS.get(getattr(args.optim, "value", args.optim))
+        return build(args, model) if build is not None else original(args, model)
 
     setattr(get_optimizer_cls_and_kwargs, _MARK, True)
     return get_optimizer_cls_and_kwargs

@@ -10,7 +10,7 @@ from transformers.trainer_callback import ExportableState
 
 from hf_stablespam.trainer import accelerator_watch
 from hf_stablespam.trainer.moments import keeps_moments, reset_moments, unwrap
-from hf_stablespam.trainer.options import parse_optim_args
+from hf_stablespam.trainer.options import SPAM, STABLE_SPAM, parse_optim_args
 from hf_stablespam.trainer.reporting import ReportsFigures, add_to_logs, is_training_log, report_before_others
 from hf_stablespam.trainer.step_figures import raw_gradient_norm
 
@@ -155,7 +155,8 @@ class MomentumResetCallback(ReportsFigures, TrainerCallback, ExportableState):
         self._resets = 0
 
     def _check_sole_owner(self, args: TrainingArguments, state: TrainerState) -> None:
-        interval = parse_optim_args(args.optim_args).get("reset_interval") if args.optim == "stable_spam" else None
+        dialect = {"stable_spam": STABLE_SPAM, "spam": SPAM}.get(getattr(args.optim, "value", args.optim))
+        interval = parse_optim_args(args.optim_args, dialect).get("reset_interval") if dialect else None
         if interval is not None:
             raise ValueError(
                 f"optim_args sets reset_interval={interval} beside a MomentumResetCallback, which owns the resets; "

@@ -35,6 +35,15 @@ def _float_dtype(text: str) -> object:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[text.lower()]
 
 
+class Dialect(NamedTuple):
+    """What `optim_args` understands for one optimizer."""
+
+    options: Mapping[str, _Option]
+    aliases: Mapping[str, tuple[str, int | None]]  # other name → our option, and the place in it where it is a pair
+    pair_defaults: Mapping[str, tuple[float, float]] = {}
+    beside: Mapping[str, str] = {}  # an alias that is an option's own name → the key beside which it is that option
+
+
 OPTIONS: Mapping[str, _Option] = {
     "clip_beta": _Option(_or_none(float), "a number or none"),
     "norm_betas": _Option(_or_none(_pair), "two numbers joined by a colon, such as 0.7:0.9, or none"),
@@ -46,6 +55,12 @@ OPTIONS: Mapping[str, _Option] = {
     "fused": _Option(_or_none(_switch), "true, false or none"),
     "state_dtype": _Option(_or_none(_float_dtype), "float32, bfloat16, float16 or none"),
     "stochastic_rounding": _Option(_switch, "true or false"),
+    "state_bits": _Option(int, "an integer"),
+    "rank": _Option(_or_none(int), "an integer or none"),
+    "update_proj_gap": _Option(int, "an integer"),
+    "scale": _Option(float, "a number"),
+    "proj_type": _Option(str, "std, reverse_std, left, right or full"),
+    "reset_on_switch": _Option(_switch, "true or false"),
 }
 
 # The names of the paper and of the official code → our option, and the place in it where it is a pair.
@@ -56,7 +71,31 @@ ALIASES: Mapping[str, tuple[str, int | None]] = {
     "update_proj_gap": ("reset_interval", None),
     "total_T": ("decay_steps", None),
 }
-_PAIR_DEFAULTS = {"norm_betas": (0.7, 0.9)}
+# What the Trainer's side reads itself.
+_TRAINER_OPTIONS = {"layerwise": _Option(_switch, "true or false")}
+STABLE_SPAM = Dialect(
+    {**OPTIONS, **_TRAINER_OPTIONS},
+    ALIASES,
+    pair_defaults={"norm_betas": (0.7, 0.9)},
+    beside={"update_proj_gap": "rank"},
+)
+
+SPAM = Dialect(
+    options={
+        "threshold": _Option(_or_none(float), "a number or none"),
+        "clip_delay": _Option(int, "an integer"),
+        "reset_interval": _Option(_or_none(int), "an integer or none"),
+        "warmup_steps": _Option(int, "an integer"),
+        "density": _Option(float, "a number"),
+        "seed": _Option(int, "an integer"),
+        "maximize": _Option(_switch, "true or false"),
+    },
+    aliases={
+        "DeltaT": ("reset_interval", None),
+        "update_proj_gap": ("reset_interval", None),
+        "warmup_epoch": ("warmup_steps", None),
+    },
+)
 
 # What has a field of its own in TrainingArguments.
 _FIELDS = {
@@ -67,16 +106,18 @@ _FIELDS = {
 }
 
 
-def parse_optim_args(text: str | None) -> dict[str, Any]:
-    """Read `TrainingArguments.optim_args` for `optim="stable_spam"`.
+def parse_optim_args(text: str | None, dialect: Dialect = STABLE_SPAM) -> dict[str, Any]:
+    """Read `TrainingArguments.optim_args`.
 
     Args:
         text: entries `name=value`, joined by commas; spaces do not matter; `None` or empty gives `{}`. Names
-            are those of `StableSPAM`'s keyword arguments, or an alias of the paper or the official code
-            (gamma1, gamma2, gamma3, update_proj_gap, total_T). `none` switches a part off.
+            are those of the optimizer's keyword arguments, or an alias of the paper or the official code
+            (gamma1, gamma2, gamma3, update_proj_gap, total_T). `none` switches a part off. Beside `rank`
+            `update_proj_gap` is GaLore's, as in transformers. `layerwise` is for the Trainer.
+        dialect: the optimizer's names; default those of `optim="stable_spam"`.
 
     Returns:
-        Keyword arguments of `StableSPAM`: only those that `text` names.
+        Keyword arguments of the optimizer: only those that `text` names.
 
     Raises:
         ValueError: an unknown name, a value that cannot be read, or an option that is given twice.
@@ -87,16 +128,19 @@ def parse_optim_args(text: str | None) -> dict[str, Any]:
     """
     kwargs: dict[str, Any] = {}
     given: dict[tuple[str, int | None], str] = {}
-    for entry in re.sub(r"\s", "", text or "").split(",") if text and text.strip() else ():
+    entries = re.sub(r"\s", "", text).split(",") if text and text.strip() else []
+    keys = {entry.partition("=")[0] for entry in entries}
+    aliases = {key: option for key, option in dialect.aliases.items() if dialect.beside.get(key) not in keys}
+    for entry in entries:
         key, equals, value = entry.partition("=")
         if not (key and equals and value):
             raise ValueError(f"optim_args must be name=value entries joined by commas, got {entry!r} in {text!r}")
-        name, place = ALIASES.get(key, (key, None))
+        name, place = aliases.get(key, (key, None))
         _claim(key, name, place, given)
         if place is None:
-            kwargs[name] = _read(key, value, _known_option(key, name))
+            kwargs[name] = _read(key, value, _known_option(key, name, dialect))
         else:
-            pair = list(kwargs.get(name, _PAIR_DEFAULTS[name]))
+            pair = list(kwargs.get(name, dialect.pair_defaults[name]))
             pair[place] = _read(key, value, _Option(float, "a number"))
             kwargs[name] = tuple(pair)
     return kwargs
@@ -110,14 +154,14 @@ def _claim(key: str, name: str, place: int | None, given: dict[tuple[str, int | 
     given[name, place] = key
 
 
-def _known_option(key: str, name: str) -> _Option:
-    if name in OPTIONS:
-        return OPTIONS[name]
+def _known_option(key: str, name: str, dialect: Dialect) -> _Option:
+    if name in dialect.options:
+        return dialect.options[name]
     if key in _FIELDS:
         raise ValueError(f"optim_args does not take {key!r}; set {_FIELDS[key]} in TrainingArguments instead")
     raise ValueError(
-        f"optim_args has the unknown option {key!r}{nearest(key, [*OPTIONS, *ALIASES])}; "
-        f"known options: {', '.join(OPTIONS)}; aliases: {', '.join(ALIASES)}"
+        f"optim_args has the unknown option {key!r}{nearest(key, [*dialect.options, *dialect.aliases])}; "
+        f"known options: {', '.join(dialect.options)}; aliases: {', '.join(dialect.aliases)}"
     )
 
 

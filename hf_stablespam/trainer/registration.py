@@ -1,4 +1,4 @@
-"""Make `optim="stable_spam"` a choice of transformers, as if it were one of its own."""
+"""Make `optim="stable_spam"` and `"spam"` choices of transformers, as if they were its own."""
 
 from types import ModuleType
 from typing import Any
@@ -6,11 +6,9 @@ from typing import Any
 from hf_stablespam.trainer import factory
 from hf_stablespam.trainer.after_import import after_import
 
-OPTIMIZER_NAME = "stable_spam"
-
 
 def register() -> None:
-    """Register `optim="stable_spam"` with transformers: the name, and the optimizer that it stands for.
+    """Register `optim="stable_spam"` and `"spam"` with transformers: the names, and the optimizers they stand for.
 
     `import hf_stablespam` calls this. transformers is not imported here: what is already loaded is taught at
     once, the rest when it is loaded. A command line parser (`HfArgumentParser`) that was built before does not
@@ -30,12 +28,13 @@ def register() -> None:
 
 def _add_optimizer_name(training_args: ModuleType) -> None:
     names = training_args.OptimizerNames
-    if OPTIMIZER_NAME not in names._value2member_map_:
-        _add_member(names, OPTIMIZER_NAME)
+    for name in factory.BUILDERS:
+        if name not in names._value2member_map_:
+            _add_member(names, name)
 
 
 def _teach_trainer(trainer: ModuleType) -> None:
-    factory.wrap_trainer(trainer.Trainer, OPTIMIZER_NAME)
+    factory.wrap_trainer(trainer.Trainer)
 
 
 def _teach_callback_handler(trainer_callback: ModuleType) -> None:

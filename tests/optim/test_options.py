@@ -28,6 +28,9 @@ BAD = [
     ({"maximize": 1}, r"maximize must be True or False, got 1"),
     ({"foreach": "yes"}, r"foreach must be True, False or None, got 'yes'"),
     ({"fused": 0}, r"fused must be True, False or None, got 0"),
+    ({"state_dtype": torch.float64}, r"state_dtype must be one of torch.float32, torch.bfloat16 or None.*float64"),
+    ({"state_dtype": "float32"}, r"state_dtype must be one of .*got 'float32'"),
+    ({"stochastic_rounding": None}, r"stochastic_rounding must be True or False, got None"),
     ({"foreach": True, "fused": True}, r"foreach and fused must not both be True.*set one, or neither"),
 ]
 

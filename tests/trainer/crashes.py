@@ -17,6 +17,7 @@ from tests.trainer.helpers import RandomTokens, arguments, optimizer_of, tiny_ll
 
 STEPS, SAVE_STEPS = 12, 3
 CALLBACKS = ("on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end", "on_save")
+LOGGED = ("step", "loss", "learning_rate", "gradients/norm", "gradients/clipped", "gradients/resets")
 RESULT = "result.pt"
 
 
@@ -87,10 +88,7 @@ def attempt(output_dir: Path, kind: str = "training", countdown: int | None = No
     result = {
         "weights": trainer.model.state_dict(),
         "optimizer": optimizer_of(trainer).state_dict(),
-        "logs": [
-            {k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k}
-            for row in trainer.state.log_history[:-1]
-        ],
+        "logs": [{key: row[key] for key in LOGGED} for row in trainer.state.log_history[:-1]],
     }
     torch.save(result, output_dir / RESULT)
 

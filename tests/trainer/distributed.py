@@ -1,6 +1,8 @@
 """Trainer runs that one process and several can both do: the same global batch, faults at the same steps."""
 
+import json
 import os
+from pathlib import Path
 
 import torch
 from accelerate.state import DistributedType, PartialState
@@ -13,12 +15,7 @@ from tests.trainer.helpers import RandomTokens, arguments, optimizer_of, tiny_ll
 STEPS = 20
 SPIKE_STEP, RESET_INTERVAL = 9, 6
 GLOBAL_BATCH = 4
-FSDP_CONFIG = {
-    "version": 2,
-    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-    "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-    "reshard_after_forward": True,
-}
+FSDP_CONFIG = json.loads((Path(__file__).parents[2] / "examples" / "configs" / "fsdp2.json").read_text())
 
 
 class Stop(TrainerCallback):

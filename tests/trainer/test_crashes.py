@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks._record import append_rows
 from tests.trainer.crashes import RESULT, crash_and_resume, in_new_process
 
 
@@ -26,3 +27,11 @@ def test_killed_and_resumed(tmp_path, undisturbed):
     kills = assert_survives(tmp_path, undisturbed, crashes=4, seed=1)
     assert [kill["exit_code"] for kill in kills] == [-9] * 4
     assert any(kill["newest_is_half_written"] for kill in kills)
+
+
+@pytest.mark.long
+def test_killed_forty_times_and_resumed(tmp_path, undisturbed):
+    kills = assert_survives(tmp_path, undisturbed, crashes=40, seed=2)
+    append_rows("crashes", kills)
+    assert sum(kill["exit_code"] == -9 for kill in kills) >= 20
+    assert sum(kill["newest_is_half_written"] for kill in kills) >= 5

@@ -1,5 +1,8 @@
 """FSDP1 and ZeRO are refused before training: told from the objects that configure them."""
 
+import os
+from unittest import mock
+
 import pytest
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
@@ -9,6 +12,13 @@ from hf_stablespam.trainer.sharding import fsdp_version, refuse_flat_shards, zer
 from tests.trainer.helpers import arguments, tiny_trainer
 
 INSTEAD = r"; use FSDP2 \(fsdp_config=\{\"version\": 2\}, in accelerate's file fsdp_version: 2\), DDP, or DeepSpeed st"
+
+
+@pytest.fixture(autouse=True)
+def _environment():
+    """transformers 4 hands `fsdp` on to accelerate through the environment, where it would stay."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture

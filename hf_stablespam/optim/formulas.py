@@ -59,7 +59,7 @@ def clip_spikes(grad: Tensor, threshold: Tensor | float, ratio: Tensor | float) 
         The clipped gradient (a new tensor), and the number of clipped entries.
     """
     spikes = grad.abs() > threshold
-    return torch.where(spikes, grad * ratio, grad), spikes.sum()
+    return torch.where(spikes, grad * ratio, grad), spikes.count_nonzero()
 
 
 def norm_target(

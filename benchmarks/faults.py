@@ -1,0 +1,243 @@
+"""What gradient faults do to a training run, under AdamW, AdamW with clipping, SPAM and Stable-SPAM.
+
+    python benchmarks/faults.py               # every run that results/faults.csv does not have yet, then the table
+    python benchmarks/faults.py --table       # the table from what is there
+    python benchmarks/faults.py --steps 20 --seeds 0 --dry-run
+
+The demo's pretraining in 4 bits (INT4 weights and activations, the same text), of a smaller model so that all runs fit
+into an hour of one core. In a share of the steps, drawn by the seed, the gradient is damaged before the optimizer sees
+it: the largest entry of one tensor times 1e4; one tensor times 1e3; one entry `nan`; one entry `inf`; everything zero.
+Which steps and which tensors are the same for all optimizers. A run survives if its weights stay finite and its
+validation loss ends below where it began. Rows are appended one by one: what is interrupted goes on where it stopped.
+"""
+
+import argparse
+import csv
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from corpus import Corpus, TokenBlocks, evenly_spaced, load_standard_library
+
+import hf_stablespam.optim
+from benchmarks._record import RESULTS, append_rows
+from hf_stablespam import FourBitConfig, StableSPAM, convert_to_4bit
+
+STEPS, SEEDS, RATES = 200, (0, 1, 2), (0.01, 0.05, 0.2)
+VOCABULARY, BLOCK, BATCH, VALIDATION = 512, 64, 8, 64
+LEARNING_RATE, WARM_UP, RESET_INTERVAL = 3e-3, 20, 100
+CLEAN = "none"
+Parameters = list[torch.nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of the results."""
+
+    optimizer: str
+    fault: str
+    rate: float
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (self.optimizer, self.fault, str(self.rate), str(self.seed))
+
+
+def adamw(params: Parameters, steps: int) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, LEARNING_RATE, weight_decay=0)
+
+
+def spam(params: Parameters, steps: int) -> torch.optim.Optimizer:
+    return hf_stablespam.optim.SPAM(params, LEARNING_RATE, reset_interval=RESET_INTERVAL, warmup_steps=WARM_UP)
+
+
+def stable_spam(params: Parameters, steps: int) -> torch.optim.Optimizer:
+    return StableSPAM(params, LEARNING_RATE, reset_interval=RESET_INTERVAL, decay_steps=steps)
+
+
+OPTIMIZERS: dict[str, Callable[[Parameters, int], torch.optim.Optimizer]] = {
+    "AdamW": adamw,
+    "AdamW + clipping": adamw,
+    "SPAM": spam,
+    "Stable-SPAM": stable_spam,
+}
+
+
+def largest_entry(grads: list[Tensor], hit: Tensor, generator: torch.Generator) -> None:
+    hit.view(-1)[hit.abs().argmax()] *= 1e4
+
+
+def whole_tensor(grads: list[Tensor], hit: Tensor, generator: torch.Generator) -> None:
+    hit *= 1e3
+
+
+def nan_entry(grads: list[Tensor], hit: Tensor, generator: torch.Generator) -> None:
+    hit.view(-1)[torch.randint(hit.numel(), (), generator=generator)] = torch.nan
+
+
+def inf_entry(grads: list[Tensor], hit: Tensor, generator: torch.Generator) -> None:
+    hit.view(-1)[torch.randint(hit.numel(), (), generator=generator)] = torch.inf
+
+
+def zeros(grads: list[Tensor], hit: Tensor, generator: torch.Generator) -> None:
+    for grad in grads:
+        grad.zero_()
+
+
+FAULTS: dict[str, Callable[[list[Tensor], Tensor, torch.Generator], None]] = {
+    "entry x 1e4": largest_entry,
+    "tensor x 1e3": whole_tensor,
+    "nan": nan_entry,
+    "inf": inf_entry,
+    "zeros": zeros,
+}
+
+
+def all_runs(seeds: tuple[int, ...]) -> Iterator[Run]:
+    for seed in seeds:
+        for optimizer in OPTIMIZERS:
+            yield Run(optimizer, CLEAN, 0.0, seed)
+            for fault in FAULTS:
+                for rate in RATES:
+                    yield Run(optimizer, fault, rate, seed)
+
+
+def small_llama(seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=176,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=BLOCK,
+            use_cache=False,
+        )
+    )
+    return convert_to_4bit(model, FourBitConfig(weight="int4", activation="int4", group_size=64))
+
+
+def schedule(step: int, steps: int) -> float:
+    """Warm-up, then a cosine to a tenth, as in the demo."""
+    if step < WARM_UP:
+        return (step + 1) / WARM_UP
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, steps - WARM_UP)))
+
+
+def train(run: Run, corpus: Corpus, steps: int) -> dict[str, object]:
+    """One run, and what became of it."""
+    data = TokenBlocks(corpus.train, BLOCK)
+    held_out = evenly_spaced(TokenBlocks(corpus.validation, BLOCK), VALIDATION)
+    model = small_llama(run.seed)
+    params = list(model.parameters())
+    optimizer = OPTIMIZERS[run.optimizer](params, steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps))
+    randomness = torch.Generator().manual_seed(run.seed)
+    order = torch.randperm(len(data), generator=randomness)[: steps * BATCH].view(steps, BATCH).tolist()
+    faulty = set(torch.randperm(steps, generator=randomness)[: round(run.rate * steps)].tolist())
+    first_loss, nan_steps = validation_loss(model, held_out), 0
+    for step, rows in enumerate(order):
+        loss = model(**batch([data[row] for row in rows])).loss
+        loss.backward()
+        hit = params[int(torch.randint(len(params), (), generator=randomness))].grad
+        if step in faulty:
+            FAULTS[run.fault]([param.grad for param in params], hit, randomness)
+        if run.optimizer == "AdamW + clipping":
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        nan_steps += not math.isfinite(loss.item())
+        if not all(param.isfinite().all() for param in params):
+            nan_steps += steps - step - 1  # nothing brings such weights back
+            break
+    last_loss = validation_loss(model, held_out)
+    return {
+        "final_loss": round(last_loss, 4),
+        "nan_steps": nan_steps,
+        "survived": math.isfinite(last_loss) and last_loss < first_loss,
+    }
+
+
+def batch(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+
+
+@torch.no_grad()
+def validation_loss(model: LlamaForCausalLM, held_out: torch.utils.data.Dataset) -> float:
+    model.eval()
+    loss = model(**batch([held_out[index] for index in range(len(held_out))])).loss.item()
+    model.train()
+    return loss
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Markdown: final loss, mean of the seeds; where not all survived, how many did."""
+    cells: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        cells.setdefault((row["fault"], row["rate"], row["optimizer"]), []).append(row)
+    lines = [f"| fault | steps | {' | '.join(OPTIMIZERS)} |", f"|---|---|{'---|' * len(OPTIMIZERS)}"]
+    for fault, rate in [(CLEAN, 0.0)] + [(fault, rate) for fault in FAULTS for rate in RATES]:
+        texts = [_cell(cells.get((fault, str(rate), optimizer), [])) for optimizer in OPTIMIZERS]
+        lines.append(f"| {fault} | {rate:.0%} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def _cell(rows: list[dict[str, str]]) -> str:
+    if not rows:
+        return "–"
+    alive = [row for row in rows if row["survived"] == "True"]
+    nan_steps = round(mean(int(row["nan_steps"]) for row in rows))
+    if not alive:
+        return f"lost ({nan_steps} nan steps)"
+    loss = f"{mean(float(row['final_loss']) for row in alive):.3f}"
+    return loss if len(alive) == len(rows) else f"{loss}, {len(alive)} of {len(rows)} ({nan_steps} nan steps)"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the table and train nothing")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of each run; default {STEPS}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help=f"default {SEEDS}")
+    parser.add_argument("--dry-run", action="store_true", help="print rows instead of appending them")
+    options = parser.parse_args(arguments)
+    path = RESULTS / "faults.csv"
+    if not options.table:
+        corpus = load_standard_library(VOCABULARY)
+        finished = [] if options.dry_run else read(path)
+        done = {(row["optimizer"], row["fault"], row["rate"], row["seed"]) for row in finished}
+        if not hasattr(hf_stablespam.optim, "SPAM"):
+            print("SPAM is left out: this version of hf_stablespam has none")
+            done |= {run.key for run in all_runs(tuple(options.seeds)) if run.optimizer == "SPAM"}
+        for run in all_runs(tuple(options.seeds)):
+            if run.key in done:
+                continue
+            row = {**asdict(run), "steps": options.steps, **train(run, corpus, options.steps)}
+            print(*row.values(), flush=True)
+            if not options.dry_run:
+                append_rows("faults", [row])
+    print(table(read(path)))
+
+
+if __name__ == "__main__":
+    main()

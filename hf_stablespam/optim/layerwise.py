@@ -1,0 +1,92 @@
+"""Stable-SPAM inside the backward pass: a parameter is updated, and its gradient freed, once it is complete."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_stablespam.optim.adoption import fresh_state
+from hf_stablespam.optim.dispatch import step_group
+from hf_stablespam.optim.plan import Batch, Result
+from hf_stablespam.optim.sharded import is_sharded
+from hf_stablespam.optim.stable_spam import StableSPAM, check_before_step
+
+
+class LayerwiseStableSPAM(StableSPAM):
+    """`StableSPAM` whose updates happen during `backward()`, so that only one gradient is alive at a time.
+
+    Every parameter gets a hook that updates it when its gradient has been accumulated, and then frees the gradient.
+    `step` only closes the step (statistics, schedulers). Weights and states are those of `StableSPAM` on the same
+    gradients, and so are checkpoints, in both directions. What needs all gradients at once has no place here: gradient
+    accumulation, clipping by the global norm, gradient scaling (float16), and processes that share gradients (DDP) or
+    parameters (FSDP).
+
+    Args:
+        params: as for `StableSPAM`, and so are all other arguments.
+
+    Raises:
+        ValueError: at a step, if a gradient is there that no hook has seen; in `backward()`, for a sharded parameter.
+
+    Example:
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = LayerwiseStableSPAM(model.parameters(), lr=1e-3)
+        >>> model(torch.ones(3, 8)).square().sum().backward()
+        >>> model.weight.grad is None, optimizer.state[model.weight]["step"]
+        (True, tensor(1.))
+        >>> optimizer.step()
+    """
+
+    _updated: list[Result]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with options of their own, as `StableSPAM` does, and hook them."""
+        self._updated = getattr(self, "_updated", [])
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if param.requires_grad:
+                param.register_post_accumulate_grad_hook(self._update)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Close the step; the updates were made during `backward()`.
+
+        Args:
+            closure: evaluates the model, calls `backward()` and returns the loss, if the loss is to be returned.
+
+        Raises:
+            ValueError: for a gradient that no hook has seen.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    raise ValueError(
+                        f"gradients must come from backward(), got one set otherwise for a parameter of shape "
+                        f"{tuple(param.shape)} (replaced after the optimizer was made, as FSDP does?); use StableSPAM"
+                    )
+        self._last_step, self._updated = self._updated, []
+        return loss
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._updated = []
+
+    @torch.no_grad()
+    def _update(self, param: Tensor) -> None:
+        group = next(group for group in self.param_groups if any(other is param for other in group["params"]))
+        check_before_step(group)
+        if is_sharded(param):
+            raise ValueError(
+                f"LayerwiseStableSPAM needs whole parameters, got a sharded one (DTensor) of shape "
+                f"{tuple(param.shape)}; use StableSPAM"
+            )
+        assert param.grad is not None
+        if param.numel() > 0:
+            if not self.state[param]:
+                self.state[param] = fresh_state(param, group)
+            self._updated += step_group(Batch([param], [param.grad], [self.state[param]]), group)
+        param.grad = None

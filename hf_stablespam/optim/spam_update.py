@@ -1,0 +1,118 @@
+"""One step of SPAM for one tensor: the spike-aware clipping, the warm-up and the sparse update, as functions."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_stablespam.optim.adam import adam_direction
+from hf_stablespam.optim.formulas import bias_correction, safe_norm
+from hf_stablespam.optim.sparse_mask import mask_indices
+
+State = dict[str, Tensor]
+_SMALLEST_WARMUP = 0.01
+
+
+def clip_to_history(grad: Tensor, exp_avg_sq: Tensor, threshold: float, active: Tensor) -> tuple[Tensor, Tensor]:
+    """SPAM's clipping: ``g_i ← sign(g_i)·√(θ·V_i)`` where ``g_i² > θ·V_i``.
+
+    Args:
+        grad: ``g``, any shape.
+        exp_avg_sq: ``V`` before this step, shaped like ``grad``; where it is 0 there is no history and no clipping.
+        threshold: ``θ``.
+        active: bool, 0-dimensional; where false nothing is clipped.
+
+    Returns:
+        The clipped gradient (a new tensor), and the number of clipped entries.
+
+    Example:
+        >>> grad, history = torch.tensor([30.0, -1.0]), torch.tensor([0.01, 0.01])
+        >>> clip_to_history(grad, history, 400.0, torch.tensor(True))
+        (tensor([ 2., -1.]), tensor(1))
+    """
+    limit = exp_avg_sq.sqrt() * math.sqrt(threshold)
+    spikes = (grad.abs() > limit) & (exp_avg_sq > 0) & active
+    return torch.where(spikes, grad.sign() * limit, grad), spikes.sum()
+
+
+def warmup_factor(moment_step: Tensor, warmup_steps: int) -> Tensor:
+    """The factor on the update at the ``k``-th step after a reset: a cosine from 0.01 up to 1.
+
+    ``u(k) = 1 − 0.99·(1 + cos(π·min(k−1, N)/N))/2``
+
+    Example:
+        >>> warmup_factor(torch.tensor([1.0, 76.0, 151.0, 400.0]), 150)
+        tensor([0.0100, 0.5050, 1.0000, 1.0000])
+    """
+    if warmup_steps == 0:
+        return torch.ones_like(moment_step)
+    cosine = torch.cos((moment_step - 1).clamp(max=warmup_steps) * (math.pi / warmup_steps))
+    return 1 - (1 - _SMALLEST_WARMUP) * (1 + cosine) / 2
+
+
+def spam_step(param: Tensor, grad: Tensor, state: State, options: dict[str, Any], warms_up: bool) -> State:
+    """Update a parameter and its state in place; return the statistics of the step.
+
+    A gradient whose squared norm is not finite changes nothing.
+
+    Args:
+        param: ``w``, any shape.
+        grad: ``g``, shaped like ``param``.
+        state: moments and their step count; with a ``mask`` the moments hold the entries that it keeps.
+        options: the parameter group, with the options of `SPAM`.
+        warms_up: whether the moments were reset at some time, so that this step may be in a warm-up.
+
+    Returns:
+        0-dimensional tensors by the names of `SPAM.statistics`.
+    """
+    precise = torch.promote_types(param.dtype, torch.float32)
+    grad = -grad.to(precise) if options["maximize"] else grad.to(precise)
+    grad_max = grad.abs().amax()
+    grad_norm = safe_norm(grad, grad_max)
+    finite = grad_norm.square().isfinite()
+    flat = param.view(-1) if param.is_contiguous() else param.reshape(-1).clone()
+    kept = mask_indices(state["mask"], param.numel(), options["density"]) if "mask" in state else None
+    weight = param if kept is None else flat.index_select(0, kept)
+    if kept is not None:
+        grad = grad.reshape(-1).index_select(0, kept)
+
+    new, updated, clipped, norm = _adam(weight.to(precise), grad, grad_max, state, options, warms_up)
+    for name, value in new.items():
+        state[name].copy_(torch.where(finite, value.to(state[name].dtype), state[name]))
+    updated = torch.where(finite, updated.to(param.dtype), weight)
+    if kept is None:
+        param.copy_(updated)
+    else:
+        flat.index_copy_(0, kept, updated)
+        if not param.is_contiguous():
+            param.copy_(flat.view(param.shape))
+    return {
+        "grad_norm": grad_norm,
+        "grad_max": grad_max,
+        "clip_threshold": torch.full_like(norm, torch.inf),
+        "clipped": clipped.to(norm.dtype),
+        "norm_factor": torch.ones_like(norm),
+        "stable_norm": norm,
+        "nonfinite": (~finite).to(norm.dtype),
+    }
+
+
+def _adam(
+    weight: Tensor, grad: Tensor, grad_max: Tensor, state: State, options: dict[str, Any], warms_up: bool
+) -> tuple[State, Tensor, Tensor, Tensor]:
+    """The new moments with their count, the new weight, the number of clipped entries, the norm after clipping."""
+    lr, betas, threshold = options["lr"], options["betas"], options["threshold"]
+    exp_avg, exp_avg_sq = state["exp_avg"].to(grad.dtype), state["exp_avg_sq"].to(grad.dtype)
+    k = state["moment_step"] + 1
+    clipped = torch.zeros_like(grad_max)
+    if threshold is not None:
+        grad, clipped = clip_to_history(grad, exp_avg_sq, threshold, k > options["clip_delay"])
+    corrections = bias_correction(betas[0], k.to(grad.dtype)), bias_correction(betas[1], k.to(grad.dtype))
+    direction, exp_avg, exp_avg_sq = adam_direction(
+        grad, exp_avg, exp_avg_sq, betas=betas, corrections=corrections, eps=options["eps"]
+    )
+    if warms_up:
+        direction = direction * warmup_factor(k.to(grad.dtype), options["warmup_steps"])
+    weight = weight * (1 - lr * options["weight_decay"]) - lr * direction
+    return {"moment_step": k, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, weight, clipped, safe_norm(grad, grad_max)

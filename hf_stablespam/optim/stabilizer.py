@@ -1,0 +1,262 @@
+"""AdaClip and AdaGN in front of any torch optimizer, through the hooks that every optimizer has."""
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from hf_stablespam.optim.options import check_stable_spam
+from hf_stablespam.optim.plan import State, Trackers
+from hf_stablespam.optim.single_tensor import stabilized
+
+_TRACKERS = ("step", "clip_max", "norm_mean", "norm_sq")  # what is saved; the others say nothing without moments
+_PREFIX = "stabilizer_"
+
+
+def stabilize(
+    optimizer: Optimizer,
+    *,
+    clip_beta: float | None = 0.999,
+    norm_betas: tuple[float, float] | None = (0.7, 0.9),
+    eps: float = 1e-8,
+) -> Optimizer:
+    r"""Clip the spikes and normalise the gradients of any torch optimizer, as `StableSPAM` does in front of Adam.
+
+    Before each `step`, for each parameter tensor with gradient ``g`` at its step ``t``:
+
+    .. code-block:: text
+
+        AdaClip  T ← γ3·T + (1−γ3)·max|g|     T̂ = T/(1−γ3ᵗ)       g_i ← g_i/max|g|·T̂  where |g_i| > T̂
+        AdaGN    m ← γ1·m + (1−γ1)·‖g‖        v ← γ2·v + (1−γ2)·‖g‖²
+                 g ← g/‖g‖ · m̂/(√v̂+ε)         m̂ = m/(1−γ1ᵗ)       v̂ = v/(1−γ2ᵗ)
+
+    The optimizer sees the new gradients; after the step ``p.grad`` is again the tensor that it was, unchanged (the
+    new ones take the memory of one more set of gradients during the step). ``T``, ``m``, ``v`` and ``t`` are saved
+    and loaded with the optimizer's own `state_dict`, under ``stabilizer_…`` in the state of each parameter;
+    `stabilize` may come before or after `load_state_dict`. A pickled or deep-copied optimizer loses its hooks, as
+    all torch hooks: stabilise the copy.
+
+    A gradient with ``nan`` or ``inf`` never enters the trackers. On the CPU the optimizer passes that tensor over
+    for the step; on an accelerator, where asking would wait for the device, it sees zeros instead.
+
+    ``optimizer.stabilizer.statistics`` is what `StableSPAM.statistics` is; ``optimizer.stabilizer.remove()`` takes
+    everything away again. With `torch.optim.AdamW` this is `StableSPAM` without resets and decay.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer` (SGD, AdamW, Muon, Adafactor, Lion, 8-bit Adam …) that evaluates its
+            closure at most once per step. One that accelerate has wrapped is stabilised inside the wrapper, where
+            the attribute ``stabilizer`` then is.
+        clip_beta: ``γ3``, decay rate of the running largest entry, in [0, 1). Default 0.999. ``None``: no clipping.
+        norm_betas: ``(γ1, γ2)``, decay rates of the running norm and squared norm. Default (0.7, 0.9), the paper's
+            for 4-bit training. ``None``: no normalising.
+        eps: ``ε`` in the denominator of AdaGN, ≥ 0. Default 1e-8.
+
+    Returns:
+        The same optimizer.
+
+    Raises:
+        TypeError: if it is not a torch optimizer, or one that this cannot be done to.
+        ValueError: for an option out of its range, or an optimizer that is stabilised already. At a step: for a
+            sparse gradient or a sharded parameter.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = stabilize(torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> model(torch.ones(3, 4)).square().sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.stabilizer.statistics["clipped"]
+        tensor([0., 0.])
+    """
+    options = check_stabilize_options(clip_beta, norm_betas, eps)
+    inner = _innermost(optimizer)
+    _check_optimizer(inner)
+    inner.stabilizer = Stabilizer(inner, options)
+    return optimizer
+
+
+class Stabilizer:
+    """What `stabilize` puts in front of an optimizer: the hooks, the trackers, and the way to remove them."""
+
+    def __init__(self, optimizer: Optimizer, options: dict[str, Any]) -> None:
+        self._optimizer = optimizer
+        self._options = options
+        self._trackers: dict[Tensor, State] = {}
+        self._last_step: dict[Tensor, dict[str, Tensor]] = {}
+        self._found: dict[Tensor, Tensor] = {}  # the gradients as they came, while the optimizer steps
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_post_hook(self._save),
+            optimizer.register_load_state_dict_pre_hook(self._forget),
+        ]
+        # A GradScaler hands its scale to a fused optimizer, after our hook; told no, it unscales before.
+        self._scales_itself = getattr(optimizer, "_step_supports_amp_scaling", None)
+        if self._scales_itself:
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+
+    def remove(self) -> None:
+        """Take the hooks and the trackers away: the optimizer is what it was before `stabilize`.
+
+        Example:
+            >>> optimizer = stabilize(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
+            >>> optimizer.stabilizer.remove()
+            >>> hasattr(optimizer, "stabilizer")
+            False
+        """
+        for hook in self._hooks:
+            hook.remove()
+        if self._scales_itself:
+            self._optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+        del self._optimizer.stabilizer  # type: ignore[attr-defined]
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """What the last step saw, as `StableSPAM.statistics` has it; empty before the first step."""
+        if not self._last_step:
+            return {}
+        example = next(iter(self._last_step.values()))
+        zeros = {name: torch.zeros_like(value) for name, value in example.items()}
+        rows = [self._last_step.get(param, zeros) for param in self._params()]
+        return {name: torch.stack([row[name].to(zeros[name]) for row in rows]) for name in example}
+
+    def _params(self) -> list[Tensor]:
+        return list(chain.from_iterable(group["params"] for group in self._optimizer.param_groups))
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._replace_gradients()
+            return None
+        # The gradients come into being inside the step.
+        kwargs = {**kwargs, "closure": self._then_replace(closure)}
+        return args[:1] + args[2:], kwargs
+
+    def _then_replace(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def stabilized_closure() -> Any:
+            loss = closure()
+            self._replace_gradients()
+            return loss
+
+        return stabilized_closure
+
+    @torch.no_grad()
+    def _replace_gradients(self) -> None:
+        self._adopt_loaded()
+        self._last_step, self._found = {}, {}
+        params = [param for param in self._params() if param.grad is not None and param.numel() > 0]
+        for param in params:
+            _check_gradient(param)
+        for param in params:
+            found = param.grad
+            assert found is not None
+            state = self._trackers.setdefault(param, _fresh_trackers(param))
+            grad, plan, row = stabilized(found, state, self._options)
+            for name, value in plan.trackers._asdict().items():
+                state[name].copy_(value)
+            self._last_step[param], self._found[param] = row, found
+            param.grad = without_nonfinite(grad.to(found.dtype), plan.finite)
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for param, grad in self._found.items():
+            param.grad = grad
+        self._found = {}
+
+    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Add the trackers, as numbers: loading casts tensors to the parameter's dtype, which may be coarser."""
+        self._adopt_loaded()
+        states = dict(state_dict["state"])
+        saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        for saved_id, param in zip(saved_ids, self._params(), strict=True):
+            if param in self._trackers:
+                values = torch.stack([self._trackers[param][name].double() for name in _TRACKERS]).tolist()
+                named = {_PREFIX + name: value for name, value in zip(_TRACKERS, values, strict=True)}
+                states[saved_id] = {**states.get(saved_id, {}), **named}
+        return {**state_dict, "state": states}
+
+    def _forget(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        self._trackers = {}
+
+    def _adopt_loaded(self) -> None:
+        """Move trackers from the optimizer's state, where `load_state_dict` of whatever optimizer left them, to here.
+
+        There they must not stay: optimizers take a parameter with any state for one that they have stepped before.
+        """
+        for param in self._params():
+            state = self._optimizer.state.get(param, {})
+            saved = {name: state.pop(_PREFIX + name) for name in _TRACKERS if _PREFIX + name in state}
+            if len(saved) == len(_TRACKERS):
+                fresh = _fresh_trackers(param)
+                for name, value in saved.items():
+                    fresh[name].fill_(value)
+                self._trackers[param] = fresh
+
+
+def check_stabilize_options(
+    clip_beta: float | None, norm_betas: tuple[float, float] | None, eps: float
+) -> dict[str, Any]:
+    """The options that AdaClip and AdaGN read, from those of `stabilize`.
+
+    Raises:
+        ValueError: for an option out of its range.
+    """
+    options = {"clip_beta": clip_beta, "norm_betas": norm_betas, "eps": eps}
+    off = {"reset_interval": None, "decay_steps": None, "decay_floor": 0.5, "maximize": False}
+    adam = {"lr": 0.0, "betas": (0.0, 0.0), "weight_decay": 0.0, "foreach": None, "fused": None}
+    storage = {"state_dtype": None, "stochastic_rounding": False, "state_bits": 32}
+    check_stable_spam({**options, **off, **adam, **storage})
+    return {**options, **off, "betas": adam["betas"]}
+
+
+def without_nonfinite(grad: Tensor, finite: Tensor) -> Tensor | None:
+    """The gradient that the optimizer sees: on the CPU none at all where it is not finite, elsewhere zeros."""
+    if finite.is_cpu:
+        return grad if finite else None
+    return torch.where(finite, grad, torch.zeros_like(grad))
+
+
+def _fresh_trackers(param: Tensor) -> State:
+    """Trackers as `StableSPAM` begins them, of which those about moments say nothing here."""
+    precise = torch.promote_types(param.dtype, torch.float32)
+    return {name: torch.zeros((), dtype=precise, device=param.device) for name in Trackers._fields}
+
+
+def _innermost(optimizer: Any) -> Any:
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {name}; stabilize works through its hooks")
+    if isinstance(getattr(optimizer, "stabilizer", None), Stabilizer):
+        raise ValueError(
+            f"optimizer must not be stabilised twice, got {name}; call optimizer.stabilizer.remove() first"
+        )
+    if all("norm_betas" in group and "clip_beta" in group for group in optimizer.param_groups):
+        raise TypeError(f"optimizer must not clip and normalise by itself, got {name}; use it as it is")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(f"optimizer must evaluate its closure once per step, got {name}; use a first-order optimizer")
+    if hasattr(optimizer, "optimizer_dict"):
+        raise TypeError(
+            f"optimizer must step by itself, got {name}, whose updates happen inside the backward pass; "
+            "stabilise each optimizer in its optimizer_dict"
+        )
+
+
+def _check_gradient(param: Tensor) -> None:
+    assert param.grad is not None
+    if param.grad.layout != torch.strided:
+        raise ValueError(
+            f"gradients must be dense, got {param.grad.layout} for a parameter of shape {tuple(param.shape)}; "
+            "build the embedding with sparse=False"
+        )
+    if hasattr(param, "device_mesh"):
+        raise ValueError(
+            f"stabilize needs whole parameters, got a sharded one (DTensor) of shape {tuple(param.shape)}; "
+            "train with DDP, or use StableSPAM"
+        )

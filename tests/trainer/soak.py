@@ -1,0 +1,69 @@
+"""A long run of a very small model, with what it costs noted along the way."""
+
+import gc
+import json
+import multiprocessing
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import Trainer, TrainerCallback
+
+from hf_stablespam import FourBitCallback, FourBitConfig, GradientNormCallback, MomentumResetCallback
+from tests.trainer.helpers import RandomTokens, arguments, tiny_llama
+
+MEASURE_EVERY = 50
+RESULT = "soak.json"
+
+
+class Meter(TrainerCallback):
+    """Memory, open files and processor time of this process, every so many steps."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict] = []
+        self.process = psutil.Process()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % MEASURE_EVERY == 0:
+            gc.collect()
+            self.rows.append(
+                {
+                    "step": state.global_step,
+                    "memory": self.process.memory_info().rss,
+                    "files": self.process.num_fds(),
+                    "cpu_seconds": time.process_time(),
+                }
+            )
+
+
+def soak(folder: Path, steps: int) -> None:
+    """Resets of both kinds, a checkpoint every 250 steps of which two are kept, a log every 10."""
+    torch.set_num_threads(1)
+    meter = Meter()
+    args = arguments(
+        folder,
+        max_steps=steps,
+        logging_steps=10,
+        save_strategy="steps",
+        save_steps=250,
+        save_total_limit=2,
+    )
+    callbacks = [
+        FourBitCallback(FourBitConfig(group_size=8)),
+        GradientNormCallback(),
+        MomentumResetCallback(every=100, warmup_steps=10),
+        meter,
+    ]
+    trainer = Trainer(model=tiny_llama(), args=args, train_dataset=RandomTokens(rows=256), callbacks=callbacks)
+    trainer.train()
+    (folder / RESULT).write_text(json.dumps(meter.rows))
+
+
+def measured(folder: Path, steps: int) -> list[dict]:
+    """The measurements of a soak in a process of its own."""
+    process = multiprocessing.get_context("spawn").Process(target=soak, args=(folder, steps))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return json.loads((folder / RESULT).read_text())
