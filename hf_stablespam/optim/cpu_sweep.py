@@ -36,8 +36,12 @@ class Patch(NamedTuple):
         """The blocks as the gradient has them, and with their spikes scaled down; each (n, entries of a block)."""
         if self.kept is not None:
             return self.kept
-        old = as_blocks(piece.grad).index_select(0, self.rows).to(dtype)
+        old = self.original(piece, dtype)
         return old, clip_spikes(old, *self.limits)[0]
+
+    def original(self, piece: Piece, dtype: torch.dtype) -> Tensor:
+        """The blocks as the gradient has them."""
+        return as_blocks(piece.grad).index_select(0, self.rows).to(dtype)
 
 
 class Clipped(NamedTuple):
@@ -91,8 +95,9 @@ def clip(swept: Sweep, clipping: Clipping, scratch: Scratch) -> Clipped:
         limits = thresholds[piece.owner], ratios[piece.owner]
         if high > limits[0] or low < -limits[0]:
             patch = Patch(_rows_with_spikes(piece, limits[0], low, high, scratch.dtype), limits, None)
-            old, new = patch.blocks(piece, scratch.dtype)
-            entries[piece.owner] += int((old != new).count_nonzero())
+            old = patch.original(piece, scratch.dtype)
+            new, count = clip_spikes(old, *limits)
+            entries[piece.owner] += int(count)
             squares[index] = _squares_after(piece, squares[index], old, new, patch.rows, scratch)
             room -= 2 * new.numel()
             patches[index] = patch._replace(kept=(old, new)) if room >= 0 else patch
