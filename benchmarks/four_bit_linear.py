@@ -102,6 +102,9 @@ def layers(size: int, arguments: argparse.Namespace) -> dict[str, tuple[nn.Modul
     if arguments.accumulate == 1:
         found.update(_torchao(base))
         found.update(_fouroversix(base, arguments.device))
+    if arguments.only:
+        chosen = [name for name in found if name == BASE or any(part in name for part in arguments.only)]
+        found = {name: found[name] for name in chosen}
     for layer, _ in found.values():
         layer.weight = nn.Parameter(base.weight.detach().clone())
         if isinstance(layer, FourBitLinear):
@@ -190,6 +193,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch on the CPU")
+    parser.add_argument("--only", nargs="+", help="layers whose names hold one of these")
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     parser.add_argument("--fused", action="store_true", help="the Triton kernel (GPU)")
     parser.add_argument("--dry-run", action="store_true", help="print, and append nothing")

@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/gradient_norm_callback.py    # appends to results/gradient_norm_callback.csv
 
-Variants take turns: in each round every one of them trains for some steps with one log. Times are CPU times of the
-process, which other programs on the machine hardly change. Two figures are kept, medians over the rounds:
-`added_percent`, by how much a round took longer than the round without callback beside it, and `inside_percent`, the
-part of the time that was spent inside the callbacks' methods. The first sees everything, the second is less noisy.
+One Trainer has all callbacks, and they take turns step by step: first none, then one after the other, and again. Times
+are CPU times of the process, which other programs on the machine change less than time on the clock. Two figures come
+out: `added_percent`, the median step with the callback against the median step without any, and `inside_percent`, the
+time inside the callback's methods against the rest of the time of its steps, logs included. The first sees everything,
+the second is less noisy.
 """
 
 from __future__ import annotations
@@ -31,15 +32,16 @@ from hf_stablespam import FourBitCallback, FourBitConfig, GradientNormCallback, 
 
 RESULTS = Path(__file__).parent / "results" / "gradient_norm_callback.csv"
 BATCH, LENGTH, VOCABULARY = 16, 128, 2048
-VARIANTS: dict[str, Callable[[], list[TrainerCallback]]] = {
-    "nothing": list,
-    "global": lambda: [GradientNormCallback()],
-    "block": lambda: [GradientNormCallback(by="block")],
-    "tensor": lambda: [GradientNormCallback(by="tensor")],
-    "global, entry scores": lambda: [GradientNormCallback(spike_score="entry")],
-    "recorder": lambda: [SpikeRecorder()],
+VARIANTS: dict[str, Callable[[], TrainerCallback]] = {
+    "nothing": TrainerCallback,
+    "global": GradientNormCallback,
+    "block": lambda: GradientNormCallback(by="block"),
+    "tensor": lambda: GradientNormCallback(by="tensor"),
+    "global, entry scores": lambda: GradientNormCallback(spike_score="entry"),
+    "recorder": SpikeRecorder,
 }
-EVENTS = ("on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_log")
+LOGGING_STEPS = 5  # has no divisor in common with the number of variants, so that each has its share of logs
+EVENTS = ("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_log")
 
 
 class Tokens(Dataset):
@@ -55,31 +57,36 @@ class Tokens(Dataset):
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
 
 
-class Clock(TrainerCallback):
-    """CPU time from the begin of the second step to that of the last, and what of it was inside `callbacks`."""
+class Turns(TrainerCallback):
+    """Gives each callback its turn, one step long, and measures the steps and what of them was inside the callback."""
 
-    def __init__(self, steps: int, callbacks: list[TrainerCallback]) -> None:
-        self.steps, self.inside, self.running = steps, 0.0, False
-        for callback in callbacks:
+    def __init__(self, callbacks: dict[str, TrainerCallback]) -> None:
+        self.names = list(callbacks)
+        self.steps: dict[str, list[float]] = {name: [] for name in self.names}
+        self.inside = dict.fromkeys(self.names, 0.0)
+        self.now = ""
+        for name, callback in callbacks.items():
             for event in EVENTS:
-                if hasattr(callback, event):
-                    setattr(callback, event, self.timed(getattr(callback, event)))
+                setattr(callback, event, self.in_turn(name, getattr(callback, event)))
 
-    def timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+    def in_turn(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            start = time.process_time()
-            result = method(*args, **kwargs)
-            self.inside += (time.process_time() - start) * self.running
-            return result
+        def run(*args: Any, **kwargs: Any) -> None:
+            if name == self.now:
+                start = time.process_time()
+                method(*args, **kwargs)
+                self.inside[name] += time.process_time() - start
 
         return run
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1:
-            self.start, self.running = time.process_time(), True
-        elif state.global_step == self.steps + 1:
-            self.seconds, self.running = time.process_time() - self.start, False
+        now = time.process_time()
+        if self.now:
+            self.steps[self.now].append(now - self.start)  # with the log that may follow a step
+        self.now, self.start = self.names[state.global_step % len(self.names)], now
+        if state.global_step < len(self.names):  # every callback's first step sets it up
+            self.steps = {name: [] for name in self.names}
+            self.inside = dict.fromkeys(self.names, 0.0)
 
 
 def demo_model() -> LlamaForCausalLM:
@@ -88,18 +95,19 @@ def demo_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=4, use_cache=False, **shape))
 
 
-def one_round(variant: str, optim: str, steps: int) -> Clock:
-    """Train for `steps` steps with one log among them, after one step of warming up."""
-    callbacks = VARIANTS[variant]()
-    clock = Clock(steps, callbacks)
+def measure(optim: str, rounds: int) -> list[dict[str, Any]]:
+    """One row for each variant."""
+    callbacks = {name: make() for name, make in VARIANTS.items()}
+    turns = Turns(callbacks)
+    steps = len(VARIANTS) * (rounds + 1) + 1
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
             optim=optim,
             max_grad_norm=0.0,
             per_device_train_batch_size=BATCH,
-            max_steps=steps + 2,
-            logging_steps=steps,
+            max_steps=steps,
+            logging_steps=LOGGING_STEPS,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
@@ -108,53 +116,40 @@ def one_round(variant: str, optim: str, steps: int) -> Clock:
         trainer = Trainer(
             model=demo_model(),
             args=arguments,
-            train_dataset=Tokens(BATCH * (steps + 2)),
-            callbacks=[FourBitCallback(FourBitConfig()), *callbacks, clock],
+            train_dataset=Tokens(BATCH * steps),
+            callbacks=[FourBitCallback(FourBitConfig()), turns, *callbacks.values()],
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
-    return clock
-
-
-def measure(optim: str, rounds: int, steps: int) -> list[dict[str, Any]]:
-    """One row for each variant."""
-    clocks: dict[str, list[Clock]] = {variant: [] for variant in VARIANTS}
-    for index in range(rounds):
-        # Forwards and backwards, so that none is always measured after the same other.
-        for variant in list(VARIANTS)[:: 1 if index % 2 else -1]:
-            clocks[variant].append(one_round(variant, optim, steps))
-    plain = [clock.seconds for clock in clocks["nothing"]]
+    plain = statistics.median(turns.steps["nothing"])
     return [
         {
             "optim": optim,
-            "variant": variant,
-            "step_cpu_ms": round(1e3 * statistics.median(clock.seconds for clock in found) / steps, 2),
-            "added_percent": round(
-                100 * (statistics.median(c.seconds / p for c, p in zip(found, plain, strict=True)) - 1), 2
-            ),
-            "inside_percent": round(100 * statistics.median(clock.inside / clock.seconds for clock in found), 2),
+            "variant": name,
+            "step_cpu_ms": round(1e3 * statistics.median(times), 2),
+            "added_percent": round(100 * (statistics.median(times) / plain - 1), 2),
+            "inside_percent": round(100 * turns.inside[name] / (sum(times) - turns.inside[name]), 2),
         }
-        for variant, found in clocks.items()
+        for name, times in turns.steps.items()
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=10, help="steps of a round, and between two logs")
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--optim", nargs="+", default=["stable_spam", "adamw_torch"])
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     common = {
         "rounds": options.rounds,
-        "steps": options.steps,
+        "logging_steps": LOGGING_STEPS,
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    rows = [row | common for optim in options.optim for row in measure(optim, options.rounds, options.steps)]
+    rows = [row | common for optim in options.optim for row in measure(optim, options.rounds)]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     is_new = not options.output.exists()
     with options.output.open("a", newline="") as file:

@@ -69,6 +69,7 @@ def command_line(run: Run, output: Path, steps: int, seed: int) -> list[str]:
         "--lr_scheduler_kwargs": json.dumps({"min_lr_rate": 0.1}),
         "--seed": seed,
         "--gradient_norms_by": "block",
+        "--record_spikes": True,
         "--eval_strategy": "steps",
         "--eval_steps": max(2, steps // EVALUATIONS),
         "--max_eval_samples": 64,

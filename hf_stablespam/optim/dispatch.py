@@ -55,11 +55,11 @@ def choose_path(param: Tensor, grad: Tensor, state: State, options: Options) -> 
     if not is_plain_tensor(param, grad):
         return loop_step
     tensors = [param, grad, state["exp_avg"], state["exp_avg_sq"]]
-    if fused or (fused is None and not foreach):
-        if param.is_cpu and param.dtype in FUSED_DTYPES and share_layout(tensors):
+    if param.is_cpu and (fused or (fused is None and not foreach)):
+        if param.dtype in FUSED_DTYPES and share_layout(tensors):
             return fused_cpu_step
-        if param.is_cuda and param.dtype in TRITON_DTYPES and has_triton() and share_layout(tensors):
-            return _triton_step
+    elif fused and param.dtype in TRITON_DTYPES and share_layout(tensors):
+        return _triton_step  # only on request: nobody has run these kernels on a GPU yet
     if foreach or (foreach is None and param.is_cuda):
         return foreach_step
     return loop_step

@@ -4,14 +4,16 @@ Stable-SPAM's statistics are those of whole weight matrices. FSDP2 and tensor pa
 (`DTensor`); FSDP1 and DeepSpeed ZeRO concatenate and cut, and the statistics would be wrong without any sign of it.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 _INSTEAD = (
-    "whose flat slices have no whole-tensor statistics; use FSDP2 "
-    '(fsdp_config={"version": 2}, in accelerate\'s file fsdp_version: 2), DDP, or DeepSpeed stage 0'
+    "whose flat slices have no whole-tensor statistics; use FSDP2 (fsdp_version: 2 in accelerate's file, or "
+    'fsdp_config={"version": 2}, for which transformers 4 needs FSDP_VERSION=2 in the environment), DDP, '
+    "or DeepSpeed stage 0"
 )
 
 
@@ -41,8 +43,10 @@ def fsdp_version(args: "TrainingArguments") -> int | None:
     config: dict[str, Any] = args.fsdp_config or {}  # type: ignore[assignment]
     if config.get("xla"):
         return 2 if config.get("xla_fsdp_v2") else 1
-    filled_in = getattr(args, "fsdp_plugin_args", None) or {}
-    return int(filled_in.get("fsdp_version", config.get("version", 1)))
+    filled_in = getattr(args, "fsdp_plugin_args", None)
+    if filled_in is None:  # transformers 4, which does not read fsdp_config["version"]
+        return int(os.environ.get("FSDP_VERSION", 1))
+    return int(filled_in.get("fsdp_version", 1))
 
 
 def zero_stage(args: "TrainingArguments") -> int:

@@ -20,7 +20,8 @@ def test_accelerate_reads_the_yaml_file():
 
 def test_the_trainer_reads_the_json_file(tmp_path):
     """`tests/trainer/test_distributed.py` trains with it."""
-    with mock.patch.dict(os.environ):  # where transformers 4 leaves what it hands on to accelerate
+    with mock.patch.dict(os.environ):  # by which transformers 4 speaks to accelerate
+        os.environ["FSDP_VERSION"] = "2"
         args = arguments(tmp_path, fsdp="full_shard auto_wrap", fsdp_config=str(CONFIGS / "fsdp2.json"))
     assert fsdp_version(args) == 2
     refuse_flat_shards(args)

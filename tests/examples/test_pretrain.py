@@ -14,7 +14,7 @@ SHAPE = ["--model_size", "tiny", "--block_size", "16", "--max_eval_samples", "4"
 RUN = ["--max_steps", "3", "--logging_steps", "1", "--per_device_train_batch_size", "2", "--learning_rate", "1e-3"]
 QUIET = ["--report_to", "none", "--disable_tqdm", "True"]
 STABLE_SPAM = ["--optim", "stable_spam", "--max_grad_norm", "0"]
-EVERYTHING = [*STABLE_SPAM, "--four_bit", "int4", "--gradient_norms", "--reset_every", "2"]
+EVERYTHING = [*STABLE_SPAM, "--four_bit", "int4", "--gradient_norms", "--record_spikes", "--reset_every", "2"]
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,8 @@ def attempt(output_dir: Path, kind: str = "training", countdown: int | None = No
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
     result = {
         "weights": trainer.model.state_dict(),
-        "optimizer": optimizer_of(trainer).state_dict(),
+        "states": optimizer_of(trainer).state_dict()["state"],
+        "options": optimizer_of(trainer).state_dict()["param_groups"],
         "logs": [{key: row[key] for key in LOGGED} for row in trainer.state.log_history[:-1]],
     }
     torch.save(result, output_dir / RESULT)

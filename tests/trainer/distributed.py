@@ -64,7 +64,9 @@ def run(
         **overrides,
     }
     if fsdp is not None:
-        options |= {"fsdp": True, "fsdp_config": {**FSDP_CONFIG, "state_dict_type": fsdp}}
+        options |= {"fsdp": "full_shard auto_wrap", "fsdp_config": {**FSDP_CONFIG, "state_dict_type": fsdp}}
+        # transformers 4 does not read these from fsdp_config
+        os.environ |= {"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": fsdp}
     args = arguments(output_dir, **options)
     if fsdp is not None:
         let_fsdp_run_on_the_cpu(args)

@@ -1,5 +1,6 @@
 """The Trainer on two processes against the Trainer on one: DDP, FSDP2, and checkpoints between them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,21 @@ def resume_on_one(folder: Path) -> None:
         keep(folder, f"two to one {kind}", distributed.run(folder / "resumed", fsdp=kind, resume=str(checkpoint)))
 
 
+def set_batch_size(checkpoint: Path, processes: int) -> None:
+    """transformers 4 resumes with the batch size per device that was saved, and the global batch would change."""
+    path = checkpoint / "trainer_state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({**state, "train_batch_size": distributed.GLOBAL_BATCH // processes}))
+
+
 def all_runs(folder: Path) -> None:
-    for processes, function in ((1, save_on_one), (2, train_on_two), (1, resume_on_one)):
-        run_processes(processes, function, folder)
+    run_processes(1, save_on_one, folder)
+    for kind in KINDS:
+        set_batch_size(folder / f"one {kind}" / CHECKPOINT, processes=2)
+    run_processes(2, train_on_two, folder)
+    for kind in KINDS:
+        set_batch_size(folder / f"two {kind}" / CHECKPOINT, processes=1)
+    run_processes(1, resume_on_one, folder)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from hf_stablespam.trainer.sharding import fsdp_version, refuse_flat_shards, zero_stage
 from tests.trainer.helpers import arguments, tiny_trainer
 
-INSTEAD = r"; use FSDP2 \(fsdp_config=\{\"version\": 2\}, in accelerate's file fsdp_version: 2\), DDP, or DeepSpeed st"
+INSTEAD = r"; use FSDP2 \(fsdp_version: 2 in accelerate's file, or fsdp_config=.*\), DDP, or DeepSpeed stage 0"
 
 
 @pytest.fixture(autouse=True)
@@ -48,14 +48,27 @@ def test_fsdp1_is_refused_before_training(tmp_path):
 
 
 def test_fsdp2_is_allowed(tmp_path):
+    os.environ["FSDP_VERSION"] = "2"  # for transformers 4
     args = arguments(tmp_path, fsdp="full_shard", fsdp_config={"version": 2})
     assert fsdp_version(args) == 2
     refuse_flat_shards(args)
 
 
-@pytest.mark.parametrize(("config", "version"), [({"xla": True}, 1), ({"xla": True, "xla_fsdp_v2": True}, 2), ({}, 1)])
-def test_the_version_is_read_from_the_configuration(args, config, version):
-    args.fsdp, args.fsdp_config, args.fsdp_plugin_args = True, config, None
+def test_transformers_4_reads_the_environment_only(args, monkeypatch):
+    args.fsdp, args.fsdp_config, args.fsdp_plugin_args = True, {"version": 2}, None
+    assert fsdp_version(args) == 1
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert fsdp_version(args) == 2
+
+
+def test_transformers_5_hands_on_the_version(args):
+    args.fsdp, args.fsdp_plugin_args = True, {"fsdp_version": 1}
+    assert fsdp_version(args) == 1
+
+
+@pytest.mark.parametrize(("config", "version"), [({"xla": True}, 1), ({"xla": True, "xla_fsdp_v2": True}, 2)])
+def test_fsdp_of_torch_xla(args, config, version):
+    args.fsdp, args.fsdp_config = True, config
     assert fsdp_version(args) == version
 
 
