@@ -7,7 +7,8 @@
 One round is an optimizer step: the weight is new, then come `accumulate` forward and backward passes. The layers take
 turns; p20 and p50 of a round are given, per micro-batch, and their ratios to `nn.Linear`. The quality columns are
 signal-to-noise ratios in dB (higher is better), against the products of unquantized operands: of the output, of the
-input's gradient and of the weight's gradient, on normal numbers. fouroversix is measured where it is installed; its
+input's gradient and of the weight's gradient, on normal numbers. On a busy machine `--clock cpu --threads 1` counts
+the processor's seconds instead of the wall clock's. fouroversix is measured where it is installed; its
 backward pass needs CUDA, so that on a CPU its row is the forward pass alone, to be read beside the column forward_ms.
 """
 
@@ -17,6 +18,7 @@ import argparse
 import importlib.util
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,9 @@ def layers(size: int, arguments: argparse.Namespace) -> dict[str, tuple[nn.Modul
     if arguments.accumulate == 1:
         found.update(_torchao(base))
         found.update(_fouroversix(base, arguments.device))
+    if arguments.only:
+        chosen = [name for name in found if name == BASE or any(part in name for part in arguments.only)]
+        found = {name: found[name] for name in chosen}
     for layer, _ in found.values():
         layer.weight = nn.Parameter(base.weight.detach().clone())
         if isinstance(layer, FourBitLinear):
@@ -129,6 +134,20 @@ def _fouroversix(base: nn.Linear, device: str) -> dict[str, tuple[nn.Module, boo
     return {"fouroversix nvfp4 W4A4G4": (FourOverSixLinear(base, config), device == "cuda")}
 
 
+def timed(runs: dict[str, Any], repeats: int, clock: str) -> dict[str, list[float]]:
+    """Sorted seconds of each run; the runs take turns."""
+    if clock == "wall":
+        return interleaved(runs, repeats)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(2 + repeats):
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            if repeat >= 2:
+                seconds[name].append(time.process_time() - start)
+    return {name: sorted(values) for name, values in seconds.items()}
+
+
 def measure(size: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows for one size."""
     torch.manual_seed(0)
@@ -139,8 +158,8 @@ def measure(size: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         name: Contestant(layer, x, upstream, arguments.accumulate, backward)
         for name, (layer, backward) in layers(size, arguments).items()
     }
-    seconds = interleaved({name: one.round for name, one in contestants.items()}, arguments.repeats)
-    forward = interleaved({name: one.forward for name, one in contestants.items()}, arguments.repeats)
+    seconds = timed({name: one.round for name, one in contestants.items()}, arguments.repeats, arguments.clock)
+    forward = timed({name: one.forward for name, one in contestants.items()}, arguments.repeats, arguments.clock)
     rows = []
     for name, values in seconds.items():
         both = contestants[name].backward
@@ -148,7 +167,7 @@ def measure(size: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append(
             {
                 **{"device": arguments.device, "dtype": arguments.dtype, "tokens": arguments.tokens, "size": size},
-                **{"accumulate": arguments.accumulate, "layer": name},
+                **{"accumulate": arguments.accumulate, "clock": arguments.clock, "layer": name},
                 "p20_ms": round(low * 1e3 / arguments.accumulate, 2) if both else "",
                 "p50_ms": round(middle * 1e3 / arguments.accumulate, 2) if both else "",
                 "p20_to_linear": round(low / quantile(seconds[BASE], 0.2), 3) if both else "",
@@ -174,6 +193,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch on the CPU")
+    parser.add_argument("--only", nargs="+", help="layers whose names hold one of these")
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     parser.add_argument("--fused", action="store_true", help="the Triton kernel (GPU)")
     parser.add_argument("--dry-run", action="store_true", help="print, and append nothing")
     arguments = parser.parse_args()

@@ -69,6 +69,7 @@ def command_line(run: Run, output: Path, steps: int, seed: int) -> list[str]:
         "--lr_scheduler_kwargs": json.dumps({"min_lr_rate": 0.1}),
         "--seed": seed,
         "--gradient_norms_by": "block",
+        "--record_spikes": True,
         "--eval_strategy": "steps",
         "--eval_steps": max(2, steps // EVALUATIONS),
         "--max_eval_samples": 64,
@@ -148,11 +149,11 @@ def plot(histories: dict[str, list[dict[str, float]]], path: Path) -> None:
         loss_axes.plot(*series(history, "loss"), color=run.color, alpha=0.3, linewidth=1)
         steps, losses = series(history, "eval_loss")
         loss_axes.plot(steps, losses, color=run.color, linewidth=2, label=f"{label}: {losses[-1]:.3f}")
-        norm_axes.plot(*series(history, "grad_norm"), color=run.color, linewidth=1.2)
+        norm_axes.plot(*series(history, "gradients/norm_max"), color=run.color, linewidth=1.2)
     loss_axes.set_title("Pretraining a tiny Llama: validation loss (faint: training loss)", loc="left")
     loss_axes.set_ylabel("loss (nats per token)")
     loss_axes.legend(title="final validation loss", frameon=False, alignment="left")
-    norm_axes.set_title("Gradient norm before clipping", loc="left")
+    norm_axes.set_title("Gradient norm before clipping: the largest since the log before", loc="left")
     norm_axes.set_yscale("log")
     norm_axes.set_xlabel("update step")
     norm_axes.set_ylabel("gradient norm")

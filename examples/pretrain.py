@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -42,6 +43,7 @@ from hf_stablespam import (
     FourBitConfig,
     GradientNormCallback,
     MomentumResetCallback,
+    SpikeRecorder,
     last_complete_checkpoint,
 )
 
@@ -102,6 +104,9 @@ class StabilityArguments:
     gradient_norms: bool = field(default=False, metadata={"help": "Log gradient norms and clipped entries."})
     gradient_norms_by: Literal["block", "tensor"] | None = field(
         default=None, metadata={"help": "Log them for each block or tensor as well; implies --gradient_norms."}
+    )
+    record_spikes: bool = field(
+        default=False, metadata={"help": "Write gradient spikes to spikes.jsonl in the output folder."}
     )
     reset_every: int | None = field(
         default=None,
@@ -185,6 +190,8 @@ def make_callbacks(stability: StabilityArguments) -> list[TrainerCallback]:
         callbacks.append(MomentumResetCallback(every=stability.reset_every))
     if stability.gradient_norms or stability.gradient_norms_by:
         callbacks.append(GradientNormCallback(by=stability.gradient_norms_by))
+    if stability.record_spikes:
+        callbacks.append(SpikeRecorder())
     return callbacks
 
 
@@ -213,11 +220,11 @@ def check(model: ModelArguments, data: DataArguments, training: TrainingArgument
         raise ValueError("tokenizer_name needs --dataset_name: the embedded data has its own tokenizer")
 
 
-def main(command_line: list[str] | None = None) -> None:
+def main(command_line: list[str] | None = None, more_callbacks: Sequence[TrainerCallback] = ()) -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, StabilityArguments, TrainingArguments))
     model_args, data_args, stability_args, training_args = parser.parse_args_into_dataclasses(command_line)
     check(model_args, data_args, training_args)
-    callbacks = make_callbacks(stability_args)
+    callbacks = [*make_callbacks(stability_args), *more_callbacks]
     checkpoint = checkpoint_to_resume(training_args)
 
     set_seed(training_args.seed)

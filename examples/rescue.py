@@ -4,7 +4,7 @@
     python examples/rescue.py --output_dir runs/rescue --checkpoint runs/mine/checkpoint-2000 --dataset_name ...
 
 The weights go on; the optimizer's state does not, because moments that spikes have gone through are what is wrong.
-Without `--checkpoint` a short AdamW run in 4 bits, at a learning rate that is too high for it, makes one first.
+Without `--checkpoint` a short run of AdamW in 4 bits, without clipping and at a high learning rate, makes one first.
 """
 
 import sys

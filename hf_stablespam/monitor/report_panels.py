@@ -22,6 +22,8 @@ PLAIN_PANELS = (
     ("learning_rate", "Learning rate", "", "learning_rate", False),
     ("throughput", "Throughput", "tokens per second", "train_tokens_per_second", False),
 )
+# The optimizer's own resets, and those of a MomentumResetCallback.
+RESET_KEYS = ("gradients/resets", "momentum/resets")
 SIGNS = {"circle": "●", "triangle": "▲", "diamond": "◆"}
 
 
@@ -145,7 +147,7 @@ def norm_panel(runs: Sequence[Run], points: int) -> Panel:
         if stable_steps:
             found.append(Curve(i, "after stabilising", *thinned(stable_steps, stable_values, points), faint=True))
         spikes = spike_texts(run)
-        resets = {step: "" for step, count in zip(*run.series("gradients/resets"), strict=True) if count > 0}
+        resets = {step: "" for key in RESET_KEYS for step, count in zip(*run.series(key), strict=True) if count > 0}
         for name, symbol, at in (("spike", "triangle", spikes), ("reset", "diamond", resets)):
             if at:
                 height = np.interp(list(at), steps, values)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_stablespam.monitor.spike_file import read_spikes
+
 STATE = "trainer_state.json"
-SPIKES = "spikes.jsonl"
 ARGUMENTS = "training_args.bin"
 
 
@@ -123,8 +124,8 @@ def read_run(state: Path, label: str) -> Run:
     settings = read_arguments(folder / ARGUMENTS) | read_model_config(folder / "config.json")
     if not settings:
         settings = {key: shown(value) for key, value in content.items() if isinstance(value, (int, float, str))}
-    spikes = next((p for p in (folder / SPIKES, folder.parent / SPIKES) if p.is_file()), None)
-    return Run(label, folder, numeric_rows(content["log_history"]), read_spikes(spikes), settings)
+    spikes = read_spikes(folder) or (read_spikes(folder.parent) if step_of(state) is not None else [])
+    return Run(label, folder, numeric_rows(content["log_history"]), spikes, settings)
 
 
 def read_state(state: Path) -> dict[str, Any]:
@@ -148,19 +149,6 @@ def numeric_rows(history: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]
     """The numbers of each log row that has a step; text, lists and switches are left out."""
     rows = ({key: value for key, value in row.items() if type(value) in (int, float)} for row in history)
     return [row for row in rows if "step" in row and math.isfinite(row["step"])]
-
-
-def read_spikes(path: Path | None) -> list[dict[str, Any]]:
-    """The lines of `spikes.jsonl` that can be read: the last one may be cut off, after a crash."""
-    spikes = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path else ():
-        try:
-            spike = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(spike, dict) and type(spike.get("step")) in (int, float):
-            spikes.append(spike)
-    return spikes
 
 
 def read_model_config(path: Path) -> dict[str, str]:

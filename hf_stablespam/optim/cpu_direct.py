@@ -10,8 +10,8 @@ the scales and the bias corrections ``c1``, ``c2`` are numbers, which go into Ad
 Its own bias corrections are switched off by a step count without end.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -93,39 +93,39 @@ def direct_update(
     spiked: dict[int, list[tuple[Piece, Patch]]] = {}
     for index, patch in patches.items():
         spiked.setdefault(pieces[index].owner, []).append((pieces[index], patch))
-    carries = plan.carry.tolist()
+    carries, endless = plan.carry.tolist(), torch.tensor(ENDLESS)
     for owner, (fits, _, _, *coefficients) in enumerate(zip(*(column.tolist() for column in numbers), strict=True)):
         if fits:
-            part = batch.pick([owner])
+            state = batch.states[owner]
             if carries[owner] == 0:
-                part.states[0]["exp_avg"].zero_()
-                part.states[0]["exp_avg_sq"].zero_()
-            with _patched(spiked.get(owner, [])):
-                _adamw(part, coefficients, options)
+                state["exp_avg"].zero_()
+                state["exp_avg_sq"].zero_()
+            tensors = [batch.params[owner], batch.grads[owner], state["exp_avg"], state["exp_avg_sq"]]
+            _with_patches(spiked.get(owner, []), partial(_adamw, tensors, endless, coefficients, options))
 
 
-@contextmanager
-def _patched(spiked: list[tuple[Piece, Patch]]) -> Iterator[None]:
-    """The gradient with its spikes clipped, and afterwards exactly as it was."""
+def _with_patches(spiked: list[tuple[Piece, Patch]], run: Callable[[], None]) -> None:
+    """Run with the gradient's spikes clipped, and leave the gradient exactly as it was."""
     blocks = [(as_blocks(piece.grad), patch.rows, *patch.blocks(piece, piece.grad.dtype)) for piece, patch in spiked]
     try:
         for target, rows, _, clipped in blocks:
             target.index_copy_(0, rows, clipped)
-        yield
+        run()
     finally:
         for target, rows, original, _ in blocks:
             target.index_copy_(0, rows, original)
 
 
-def _adamw(part: Batch, coefficients: list[float], options: Options) -> None:
+def _adamw(tensors: list[Tensor], endless: Tensor, coefficients: list[float], options: Options) -> None:
+    param, grad, exp_avg, exp_avg_sq = tensors
     beta1, beta2, lr, eps = coefficients
     torch._fused_adamw_(
-        part.params,
-        part.grads,
-        [part.states[0]["exp_avg"]],
-        [part.states[0]["exp_avg_sq"]],
+        [param],
+        [grad],
+        [exp_avg],
+        [exp_avg_sq],
         [],
-        [torch.tensor(ENDLESS)],
+        [endless],
         lr=lr,
         beta1=beta1,
         beta2=beta2,

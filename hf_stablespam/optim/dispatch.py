@@ -1,6 +1,8 @@
 """Which path updates which tensor: loop, foreach, fused, or PyTorch's own AdamW where nothing else is asked for."""
 
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from hf_stablespam.optim.plan import Batch, Options, Result, State
 from hf_stablespam.optim.single_tensor import stabilized, stable_spam_step
 
 FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 Path = Callable[[Batch, Options], dict[str, Tensor]]
@@ -47,26 +50,44 @@ def choose_path(param: Tensor, grad: Tensor, state: State, options: Options) -> 
     if param.is_cpu and is_plain_adamw(options) and _fits_plain_adamw(param, grad, state, options):
         return plain_step
     fused, foreach = options["fused"], options["foreach"]
-    if fused and not param.is_cpu:
-        raise RuntimeError(f"fused=True needs parameters on the CPU, got one on {param.device}; leave fused=None")
+    if fused:
+        _check_fused(param)
     if not is_plain_tensor(param, grad):
         return loop_step
-    wants_fused = fused or (fused is None and not foreach)
-    if wants_fused and _fits_fused_cpu([param, grad, state["exp_avg"], state["exp_avg_sq"]]):
-        return fused_cpu_step
+    tensors = [param, grad, state["exp_avg"], state["exp_avg_sq"]]
+    if param.is_cpu and (fused or (fused is None and not foreach)):
+        if param.dtype in FUSED_DTYPES and share_layout(tensors):
+            return fused_cpu_step
+    elif fused and param.dtype in TRITON_DTYPES and share_layout(tensors):
+        return _triton_step  # only on request: nobody has run these kernels on a GPU yet
     if foreach or (foreach is None and param.is_cuda):
         return foreach_step
     return loop_step
+
+
+def _check_fused(param: Tensor) -> None:
+    if not (param.is_cpu or param.is_cuda):
+        raise RuntimeError(f"fused=True needs parameters on CPU or CUDA, got one on {param.device}; leave fused=None")
+    if param.is_cuda and not has_triton():
+        raise RuntimeError("fused=True needs triton for parameters on CUDA, which is not installed; pip install triton")
+
+
+@cache
+def has_triton() -> bool:
+    """Whether the Triton kernels can be imported."""
+    return find_spec("triton") is not None
+
+
+def _triton_step(batch: Batch, options: Options) -> dict[str, Tensor]:
+    from hf_stablespam.optim.triton_step import triton_step  # triton is optional, and slow to import
+
+    return triton_step(batch, options)
 
 
 def _fits_plain_adamw(param: Tensor, grad: Tensor, state: State, options: Options) -> bool:
     """PyTorch's AdamW underflows in float16, and forced to be fused on the CPU it reads past the gaps of a tensor."""
     gapless = not options["fused"] or share_layout([param, grad, state["exp_avg"], state["exp_avg_sq"]])
     return param.dtype != torch.float16 and gapless
-
-
-def _fits_fused_cpu(tensors: list[Tensor]) -> bool:
-    return tensors[0].is_cpu and tensors[0].dtype in FUSED_DTYPES and share_layout(tensors)
 
 
 def is_plain_tensor(*tensors: Tensor) -> bool:

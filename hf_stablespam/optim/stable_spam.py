@@ -65,8 +65,9 @@ class StableSPAM(Optimizer):
         decay_floor: the last value of ``s``, in [0, 1]. Default 0.5, the official code's.
         maximize: climb instead of descend. Default ``False``.
         foreach: force (``True``) or forbid (``False``) the multi-tensor path. Default ``None``: choose.
-        fused: force or forbid the fused path. Default ``None``: choose the fastest that fits device, dtype and layout:
-            fused on the CPU, foreach on CUDA, one tensor after the other for everything else.
+        fused: force or forbid the fused path. Default ``None``: choose what fits device, dtype and layout: fused on
+            the CPU, foreach on CUDA, else one tensor after the other. On CUDA ``True`` asks for the Triton kernels,
+            which have only run in Triton's interpreter so far and are therefore not chosen by themselves.
         state_dtype: dtype of ``M`` and ``V``, such as ``torch.float32`` for bfloat16 parameters. Default ``None``: the
             parameter's, but float32 for float16, whose range is too small for ``V``. Trackers are in float32 whatever
             it is. For float64 parameters everything is in float64.

@@ -31,6 +31,10 @@ class FourBitConfig:
     Master weights stay what they are; a format of None leaves its operand in high precision. The formats are
     ``"int4"``, ``"int4_asym"``, ``"fp4_e1m2"``, ``"fp4_e1m2_official"``, ``"fp4_e2m1"``, ``"mxfp4"`` and ``"nvfp4"``.
 
+    The defaults can be exported and load plainly. Signal-to-noise ratio of the output, on normal inputs and uniform
+    weights: 18.5 dB with the defaults, 18.2 with ``nvfp4`` and `four_over_six`, 17.1 with ``nvfp4``, 16.5 with
+    ``mxfp4`` (``benchmarks/four_bit_linear.py``).
+
     Args:
         weight: format of the weight.
         activation: format of the layer's input.

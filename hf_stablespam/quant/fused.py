@@ -72,6 +72,54 @@ def _stored(x, SCALE_BITS: tl.constexpr):
 
 
 @triton.jit
+def _range_values(
+    x,  # (groups, numbers)
+    LOWEST: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    ANCHOR: tl.constexpr,
+    MIN_SCALE: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+):
+    """Quantized and dequantized with a zero point, see `quantizer._quantize_range`."""
+    low = tl.minimum(tl.min(x, axis=1), 0.0)[:, None]
+    high = tl.maximum(tl.max(x, axis=1), 0.0)[:, None]
+    scale = _stored(tl.maximum(tl.div_rn(high - low, low * 0.0 + ANCHOR), MIN_SCALE), SCALE_BITS)
+    zero = tl.minimum(tl.maximum(-_round_even(tl.div_rn(low, scale)), LOWEST), HIGHEST)
+    codes = _round_even(tl.div_rn(x, tl.broadcast_to(scale, x.shape)))
+    return (tl.minimum(tl.maximum(codes + zero, LOWEST), HIGHEST) - zero) * scale
+
+
+@triton.jit
+def _scaled(
+    x,  # (groups, numbers)
+    peak,  # (groups, 1)
+    whole_pointer,
+    MODE: tl.constexpr,
+    RULE: tl.constexpr,
+    ANCHOR: tl.constexpr,
+    MIN_SCALE: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+):
+    """Numbers in units of their group's scale, and the scale; every division rounds as PyTorch's does."""
+    if MODE == 2:
+        whole = tl.load(whole_pointer)
+        block = _e4m3(tl.div_rn(tl.div_rn(peak, peak * 0.0 + ANCHOR), peak * 0.0 + whole))
+        scaled = x * tl.div_rn(block * 0.0 + tl.div_rn(1.0, whole), block)
+        scale = whole * block
+    elif MODE == 1:
+        scale = _power_of_two(peak, RULE)
+        scaled = x / scale
+    elif DIVIDE:
+        scale = tl.maximum(peak, MIN_SCALE)
+        scaled = tl.div_rn(x * ANCHOR, tl.broadcast_to(scale, x.shape))
+    else:
+        scale = _stored(tl.maximum(tl.div_rn(peak, peak * 0.0 + ANCHOR), MIN_SCALE), SCALE_BITS)
+        scaled = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
+    return scaled, scale
+
+
+@triton.jit
 def _fake_quantize(
     x_pointer,
     out_pointer,
@@ -111,34 +159,15 @@ def _fake_quantize(
         bad = tl.where(here, 0, bad)
         magnitude = tl.where(here, -1.0, magnitude)
     poisoned = tl.max(bad, axis=1)[:, None] > 0
-    peak = tl.max(magnitude, axis=1)[:, None]
     if ZERO_POINT:
-        low = tl.minimum(tl.min(x, axis=1), 0.0)[:, None]
-        high = tl.maximum(tl.max(x, axis=1), 0.0)[:, None]
-        scale = _stored(tl.maximum(tl.div_rn(high - low, low * 0.0 + ANCHOR), MIN_SCALE), SCALE_BITS)
-        zero = tl.minimum(tl.maximum(-_round_even(tl.div_rn(low, scale)), LOWEST), HIGHEST)
-        codes = _round_even(tl.div_rn(x, tl.broadcast_to(scale, x.shape)))
-        codes = tl.minimum(tl.maximum(codes + zero, LOWEST), HIGHEST) - zero
+        value = _range_values(x, LOWEST, HIGHEST, ANCHOR, MIN_SCALE, SCALE_BITS)
     else:
-        if MODE == 2:
-            whole = tl.load(whole_pointer)
-            block = _e4m3(tl.div_rn(tl.div_rn(peak, peak * 0.0 + ANCHOR), peak * 0.0 + whole))
-            scaled = x * tl.div_rn(block * 0.0 + tl.div_rn(1.0, whole), block)
-            scale = whole * block
-        elif MODE == 1:
-            scale = _power_of_two(peak, RULE)
-            scaled = x / scale
-        elif DIVIDE:
-            scale = tl.maximum(peak, MIN_SCALE)
-            scaled = tl.div_rn(x * ANCHOR, tl.broadcast_to(scale, x.shape))
-        else:
-            scale = _stored(tl.maximum(tl.div_rn(peak, peak * 0.0 + ANCHOR), MIN_SCALE), SCALE_BITS)
-            scaled = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
+        peak = tl.max(magnitude, axis=1)[:, None]
+        scaled, scale = _scaled(x, peak, whole_pointer, MODE, RULE, ANCHOR, MIN_SCALE, DIVIDE, SCALE_BITS)
         scaled = tl.minimum(tl.maximum(scaled, LOWEST), HIGHEST)
-        codes = _e2m1(scaled) if FLOATING else _round_even(scaled)
-    value = codes * scale
-    if DIVIDE:
-        value = tl.div_rn(value, value * 0.0 + ANCHOR)
+        value = (_e2m1(scaled) if FLOATING else _round_even(scaled)) * scale
+        if DIVIDE:
+            value = tl.div_rn(value, value * 0.0 + ANCHOR)
     value = tl.where(poisoned, float("nan"), value)
     value = tl.where(kept, x, value)
     if out_pointer.dtype.element_ty == tl.bfloat16:

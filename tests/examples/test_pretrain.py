@@ -14,7 +14,7 @@ SHAPE = ["--model_size", "tiny", "--block_size", "16", "--max_eval_samples", "4"
 RUN = ["--max_steps", "3", "--logging_steps", "1", "--per_device_train_batch_size", "2", "--learning_rate", "1e-3"]
 QUIET = ["--report_to", "none", "--disable_tqdm", "True"]
 STABLE_SPAM = ["--optim", "stable_spam", "--max_grad_norm", "0"]
-EVERYTHING = [*STABLE_SPAM, "--four_bit", "int4", "--gradient_norms", "--reset_every", "2"]
+EVERYTHING = [*STABLE_SPAM, "--four_bit", "int4", "--gradient_norms", "--record_spikes", "--reset_every", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +72,12 @@ def test_the_saved_model_is_an_ordinary_llama(four_bit_run):
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, ids.shape[1] + 3)
 
 
-def test_the_whole_log_shows_gradient_norms(four_bit_run):
+def test_gradient_norms_and_resets_are_logged(four_bit_run):
     _, history = four_bit_run
-    assert len([row for row in history if any("grad_norm" in key for key in row)]) >= 3
+    norms, stable = values(history, "gradients/norm"), values(history, "gradients/stable_norm")
+    assert len(norms) == len(stable) == 3
+    assert all(norm > 0 for norm in norms + stable)
+    assert values(history, "momentum/resets") == [0, 1, 0]
 
 
 def test_resuming_is_exact(tmp_path, text):

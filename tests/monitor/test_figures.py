@@ -1,6 +1,8 @@
 """Names of parts and figures."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,3 +46,14 @@ def test_sqnr_of_nothing_or_without_noise_is_not_reported():
         "weight_sqnr_db": pytest.approx(10.0),
         "weight_sqnr_db/a.1": pytest.approx(7.7815, rel=1e-4),
     }
+
+
+def test_the_documentation_names_every_figure():
+    text = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|([^|]*)\|.*\|$", text.split("## Spike scores")[0], re.MULTILINE)
+    documented = {name + kind for name, kinds in rows for kind in ("", *re.findall(r"`(\w+)`", kinds))}
+    wholes = {label(figure, kind, "") for figure, how in FIGURES.items() for kind in how.whole}
+    assert documented == wholes | {"weight_sqnr_db"}
+    parts = {label(figure, kind, "") for figure, how in FIGURES.items() for kind in how.part}
+    listed = text.split("`gradients/norm_max/model.layers.3`:")[1].split("A tensor has")[0]
+    assert set(re.findall(r"`(\w+)`", listed)) == parts | {"weight_sqnr_db"}

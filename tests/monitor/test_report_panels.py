@@ -56,6 +56,13 @@ def test_spikes_and_resets_are_marked_on_the_curve():
     assert "Faint: after stabilising" in found.note
 
 
+@pytest.mark.parametrize("key", ["gradients/resets", "momentum/resets"])
+def test_resets_have_two_owners(key):
+    rows = [{"step": step, "grad_norm": 1.0, key: float(step == 2)} for step in (1, 2, 3)]
+    (marks,) = panel([run(rows)], "gradient_norm").marks
+    assert (marks.name, list(marks.steps)) == ("reset", [2])
+
+
 def test_the_clipped_share_is_shown_where_it_is_known():
     assert panel([run()], "clipped").unit == "entries since the last log"
     assert panel([run([{"step": 1, "gradients/clipped_share": 0.1}])], "clipped").unit == "share of all entries"

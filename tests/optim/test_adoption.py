@@ -34,7 +34,7 @@ def run(optimizer, loss, steps):
 
 def switched(path, steps=30, scale=1.0, **options):
     weight, loss = problem(scale)
-    first = torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.0)
+    first = torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.0, eps=1e-12)  # ε weighs differently in each scale
     before = run(first, loss, steps)
     second = StableSPAM([weight], lr=1e-2, **options, **path)
     second.load_state_dict(first.state_dict())
