@@ -33,9 +33,9 @@ import hf_stablespam.optim
 from benchmarks._record import RESULTS, append_rows
 from hf_stablespam import FourBitConfig, StableSPAM, convert_to_4bit
 
-STEPS, SEEDS, RATES = 200, (0, 1, 2), (0.01, 0.05, 0.2)
+STEPS, SEEDS, RATES = 100, (0, 1, 2), (0.01, 0.05, 0.2)
 VOCABULARY, BLOCK, BATCH, VALIDATION = 512, 64, 8, 64
-LEARNING_RATE, WARM_UP, RESET_INTERVAL = 3e-3, 20, 100
+LEARNING_RATE, WARM_UP, RESET_INTERVAL = 3e-3, 10, 40
 CLEAN = "none"
 Parameters = list[torch.nn.Parameter]
 

@@ -1,0 +1,73 @@
+"""The fault benchmark: what it damages, that it goes on where it stopped, and its table."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import _record, faults
+
+STEPS = 10
+
+
+@pytest.fixture
+def corpus(monkeypatch):
+    tokens = np.random.default_rng(0).integers(faults.VOCABULARY, size=STEPS * faults.BATCH * faults.BLOCK * 2)
+    made = faults.Corpus(tokenizer=None, train=tokens.astype(np.uint16), validation=tokens[:4096].astype(np.uint16))
+    monkeypatch.setattr(faults, "load_standard_library", lambda vocabulary: made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("fault", "values"),
+    [
+        ("entry x 1e4", [1, -2e4, 0.5]),
+        ("tensor x 1e3", [1e3, -2e3, 500]),
+        ("nan", [1, torch.nan, 0.5]),
+        ("inf", [1, torch.inf, 0.5]),
+        ("zeros", [0, 0, 0]),
+    ],
+)
+def test_each_fault_does_what_its_name_says(monkeypatch, fault, values):
+    monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: torch.tensor(1))
+    grads = [torch.tensor([1, -2, 0.5]), torch.ones(2)]
+    faults.FAULTS[fault](grads, grads[0], torch.Generator())
+    torch.testing.assert_close(grads[0], torch.tensor(values, dtype=torch.float32), equal_nan=True)
+    assert grads[1].tolist() == ([0, 0] if fault == "zeros" else [1, 1])
+
+
+def test_adamw_is_lost_to_a_nan_and_stable_spam_is_not(corpus):
+    lost = faults.train(faults.Run("AdamW", "nan", 0.2, seed=0), corpus, STEPS)
+    kept = faults.train(faults.Run("Stable-SPAM", "nan", 0.2, seed=0), corpus, STEPS)
+    assert not lost["survived"]
+    assert lost["nan_steps"] > 0
+    assert np.isfinite(kept["final_loss"])
+    assert kept["nan_steps"] == 0
+
+
+def test_an_interrupted_benchmark_goes_on_where_it_stopped(corpus, tmp_path, monkeypatch, capsys):
+    for module in (_record, faults):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    runs = [faults.Run("AdamW", faults.CLEAN, 0.0, 0), faults.Run("Stable-SPAM", "zeros", 0.05, 0)]
+    for limit in (1, 2):
+        monkeypatch.setattr(faults, "all_runs", lambda seeds, limit=limit: runs[:limit])
+        faults.main(["--steps", "2"])
+    with open(tmp_path / "faults.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["optimizer"], row["fault"], row["steps"]) for row in rows] == [
+        ("AdamW", "none", "2"),
+        ("Stable-SPAM", "zeros", "2"),
+    ]
+    assert "| none | 0% | " in capsys.readouterr().out
+
+
+def test_the_table_says_what_was_lost():
+    def row(survived, loss, nan_steps):
+        named = {"optimizer": "AdamW", "fault": "nan", "rate": "0.05", "survived": survived}
+        return {**named, "final_loss": loss, "nan_steps": nan_steps}
+
+    lost, kept = row("False", "nan", "60"), row("True", "4.5", "0")
+    assert "| nan | 5% | lost (60 nan steps) | – |" in faults.table([lost, lost])
+    assert "| nan | 5% | 4.500, 1 of 2 (30 nan steps) | – |" in faults.table([lost, kept])
+    assert "| nan | 5% | 4.500 | – |" in faults.table([kept, kept])
