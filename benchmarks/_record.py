@@ -1,6 +1,7 @@
 """What the benchmarks share: interleaved timing, and rows of a CSV file that say on what they were measured."""
 
 import csv
+import os
 import platform
 import subprocess
 import time
@@ -61,6 +62,7 @@ def append_rows(name: str, rows: list[dict[str, Any]]) -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit(),
+        "load": round(os.getloadavg()[0], 1),  # of the last minute: above the number of cores others disturbed
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"

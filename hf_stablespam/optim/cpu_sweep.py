@@ -44,6 +44,16 @@ class Patch(NamedTuple):
         return as_blocks(piece.grad).index_select(0, self.rows).to(dtype)
 
 
+class _Spiked(NamedTuple):
+    """A piece with spikes, while its sum of squares is brought up to date."""
+
+    number: int  # of the piece
+    rows: Tensor  # (n,)
+    old: Tensor  # (n, entries of a block)
+    new: Tensor
+    clipped: Tensor  # how many entries
+
+
 class Clipped(NamedTuple):
     """What clipping changes."""
 
@@ -90,17 +100,23 @@ def clip(swept: Sweep, clipping: Clipping, scratch: Scratch) -> Clipped:
     thresholds, ratios = clipping.threshold.tolist(), clipping.ratio.tolist()
     entries, squares = [0] * len(swept.flat), list(swept.squares)
     patches: dict[int, Patch] = {}
-    room = max(grad.numel() for grad in swept.flat)  # what is kept is together no larger than the largest tensor
+    group: list[_Spiked] = []
+    room = max(grad.numel() for grad in swept.flat)  # what is alive is together no larger than the largest tensor
     for index, (piece, low, high) in enumerate(zip(swept.pieces, swept.lows, swept.highs, strict=True)):
         limits = thresholds[piece.owner], ratios[piece.owner]
         if high > limits[0] or low < -limits[0]:
             patch = Patch(_rows_with_spikes(piece, limits[0], low, high, scratch.dtype), limits, None)
             old = patch.original(piece, scratch.dtype)
             new, count = clip_spikes(old, *limits)
-            entries[piece.owner] += int(count)
-            squares[index] = _squares_after(piece, squares[index], old, new, patch.rows, scratch)
-            room -= 2 * new.numel()
-            patches[index] = patch._replace(kept=(old, new)) if room >= 0 else patch
+            keep = 2 * new.numel() <= room
+            patches[index] = patch._replace(kept=(old, new)) if keep else patch
+            group.append(_Spiked(index, patch.rows, old, new, count))
+            if keep:
+                room -= 2 * new.numel()
+            else:
+                _settle(group, swept, entries, squares, scratch)
+                group = []
+    _settle(group, swept, entries, squares, scratch)
     if not patches:
         return Clipped(patches, torch.tensor(entries), swept.grad_norm)
     norm = _norms(swept.pieces, squares, len(swept.flat), scratch.dtype)
@@ -134,14 +150,21 @@ def _rows_with_spikes(piece: Piece, threshold: float, low: float, high: float, d
     return spiked.nonzero().view(-1)
 
 
-def _squares_after(piece: Piece, square: float, old: Tensor, new: Tensor, rows: Tensor, scratch: Scratch) -> float:
-    """The piece's sum of squares after clipping; summed anew where a difference would lose digits."""
-    added = float(torch.dot(new.view(-1), new.view(-1)))
-    if old.numel() == piece.grad.numel():
-        return added
-    removed = float(torch.dot(old.view(-1), old.view(-1)))
-    if removed < 0.5 * square:
-        return square - removed + added
-    values = scratch.take("grad", piece.grad.numel()).copy_(piece.grad)
-    as_blocks(values).index_copy_(0, rows, new)
-    return float(torch.dot(values, values))
+def _settle(group: list[_Spiked], swept: Sweep, entries: list[int], squares: list[float], scratch: Scratch) -> None:
+    """Enter what clipping changed: the number of clipped entries of the tensors, the sums of squares of the pieces."""
+    if not group:
+        return
+    norms = torch._foreach_norm([spiked.old for spiked in group] + [spiked.new for spiked in group])
+    removed, added = torch.stack(norms).double().square().view(2, -1).tolist()
+    counts = torch.stack([spiked.clipped for spiked in group]).tolist()
+    for spiked, before, after, count in zip(group, removed, added, counts, strict=True):
+        piece = swept.pieces[spiked.number]
+        entries[piece.owner] += count
+        if spiked.old.numel() == piece.grad.numel():
+            squares[spiked.number] = after
+        elif before < 0.5 * squares[spiked.number]:
+            squares[spiked.number] += after - before
+        else:  # the difference would lose digits
+            values = scratch.take("grad", piece.grad.numel()).copy_(piece.grad)
+            as_blocks(values).index_copy_(0, spiked.rows, spiked.new)
+            squares[spiked.number] = float(torch.dot(values, values))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_stablespam.optim import cpu_direct, plan
-from hf_stablespam.optim import stabilize as equations
+from hf_stablespam.optim import formulas as equations
 from tests.optim.common import PATHS, assert_identical, parameters, snapshot, train
 from tests.optim.test_golden import FILES, load
 
