@@ -4,6 +4,7 @@ import gc
 import json
 import multiprocessing
 import time
+from array import array
 from pathlib import Path
 
 import psutil
@@ -18,13 +19,19 @@ RESULT = "soak.json"
 
 
 class Meter(TrainerCallback):
-    """Memory, open files and processor time of this process, every so many steps."""
+    """Memory and open files of this process every so many steps, and the processor time of each step."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int) -> None:
         self.rows: list[dict] = []
         self.process = psutil.Process()
+        self.seconds = array("d", [0.0] * steps)  # does not grow
+        self.start = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.seconds[state.global_step - 1] = time.process_time() - self.start
         if state.global_step % MEASURE_EVERY == 0:
             gc.collect()
             self.rows.append(
@@ -32,7 +39,6 @@ class Meter(TrainerCallback):
                     "step": state.global_step,
                     "memory": self.process.memory_info().rss,
                     "files": self.process.num_fds(),
-                    "cpu_seconds": time.process_time(),
                 }
             )
 
@@ -40,7 +46,7 @@ class Meter(TrainerCallback):
 def soak(folder: Path, steps: int) -> None:
     """Resets of both kinds, a checkpoint every 250 steps of which two are kept, a log every 10."""
     torch.set_num_threads(1)
-    meter = Meter()
+    meter = Meter(steps)
     args = arguments(
         folder,
         max_steps=steps,
@@ -57,10 +63,10 @@ def soak(folder: Path, steps: int) -> None:
     ]
     trainer = Trainer(model=tiny_llama(), args=args, train_dataset=RandomTokens(rows=256), callbacks=callbacks)
     trainer.train()
-    (folder / RESULT).write_text(json.dumps(meter.rows))
+    (folder / RESULT).write_text(json.dumps({"rows": meter.rows, "step_seconds": list(meter.seconds)}))
 
 
-def measured(folder: Path, steps: int) -> list[dict]:
+def measured(folder: Path, steps: int) -> dict:
     """The measurements of a soak in a process of its own."""
     process = multiprocessing.get_context("spawn").Process(target=soak, args=(folder, steps))
     process.start()
