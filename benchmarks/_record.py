@@ -66,9 +66,13 @@ def append_rows(name: str, rows: list[dict[str, Any]]) -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*where, *rows[0]], lineterminator="\n")
-        if new:
+    rows = [{**where, **row} for row in rows]
+    earlier = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+    columns = list(dict.fromkeys(column for row in [*earlier, *rows] for column in row))
+    unchanged = bool(earlier) and list(earlier[0]) == columns
+    with path.open("a" if unchanged else "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if not unchanged:  # a new file, or a column that earlier rows do not have
             writer.writeheader()
-        writer.writerows({**where, **row} for row in rows)
+            writer.writerows(earlier)
+        writer.writerows(rows)

@@ -36,6 +36,9 @@ NAME = "optimizer_quality"
 TARGETS = r".*\.(self_attn|mlp)\..*_proj"
 
 
+INT4 = FourBitConfig(weight="int4", activation="int4")
+
+
 @dataclass(frozen=True)
 class Method:
     """An optimizer as the Trainer's arguments ask for it, and the learning rates to try."""
@@ -47,10 +50,11 @@ class Method:
     lion: bool = False
     stabilized: bool = False
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    formats: FourBitConfig = INT4
     extra: dict[str, Any] = field(default_factory=dict)
 
     def callbacks(self) -> list[TrainerCallback]:
-        four_bit = FourBitCallback(FourBitConfig(weight="int4", activation="int4"))
+        four_bit = FourBitCallback(self.formats)
         return [four_bit, StabilizeCallback()] if self.stabilized else [four_bit]
 
 
@@ -73,6 +77,16 @@ METHODS = {
     "lion_clipped": Method("sgd", lion=True, clip=1.0, learning_rates=LION_RATES),
     "lion_stabilized": Method("sgd", lion=True, stabilized=True, learning_rates=LION_RATES),
 }
+# The formats that export and reload plainly, all trained alike: which one is to be the default?
+FORMATS = {
+    "format_int4": INT4,
+    "format_int4_no_outliers": FourBitConfig(weight="int4", activation="int4", activation_outliers=0),
+    "format_fp4_e1m2": FourBitConfig(weight="fp4_e1m2", activation="fp4_e1m2"),
+    "format_mxfp4": FourBitConfig(weight="mxfp4", activation="mxfp4"),
+    "format_nvfp4": FourBitConfig.nvfp4(),
+    "format_nvfp4_4or6": FourBitConfig(weight="nvfp4", activation="nvfp4", four_over_six=True),
+}
+METHODS |= {name: Method(learning_rates=(3e-3,), formats=formats) for name, formats in FORMATS.items()}
 
 
 def train(method: Method, corpus: Corpus, learning_rate: float, seed: int, steps: int) -> dict[str, float]:

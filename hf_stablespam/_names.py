@@ -5,9 +5,15 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'clip_beta'?)"` where one of `known` is close to `name`, `""` where none is."""
-    found = difflib.get_close_matches(name, list(known), n=1)
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """`" (did you mean 'clip_beta'?)"` where one of `known` is close to `name`, `""` where none is.
+
+    Args:
+        name: what was written.
+        known: what could have been meant.
+        cutoff: how close it has to be, from 0 (anything) to 1 (the same).
+    """
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 

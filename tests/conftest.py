@@ -9,6 +9,10 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Read when triton is imported, which torchao does too, and transformers through it: so before any test module.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True)
 def _seed():

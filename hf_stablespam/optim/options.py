@@ -1,6 +1,5 @@
 """Checks of optimizer options: every error names the option, the rule, the value and the remedy."""
 
-import difflib
 import math
 from collections.abc import Callable, Iterable
 from numbers import Real
@@ -9,16 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_stablespam._names import nearest
 from hf_stablespam.optim.low_bit import BITS, require_torchao
 
 AUTO = "auto"
 STATE_DTYPES = (torch.float32, torch.bfloat16)
-
-
-def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """`` (did you mean 'x'?)`` for the nearest of the known names, or an empty string."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return f" (did you mean {match[0]!r}?)" if match else ""
 
 
 def _is_number(value: Any) -> bool:
@@ -151,5 +145,5 @@ def check_group_names(group: dict[str, Any], known: Iterable[str]) -> None:
     """
     known = list(known)
     for name in group:
-        if name not in (*known, "params", "param_names", "initial_lr") and (hint := closest(name, known, cutoff=0.8)):
+        if name not in (*known, "params", "param_names", "initial_lr") and (hint := nearest(name, known, cutoff=0.8)):
             raise TypeError(f"unknown option {name!r} in a parameter group{hint}; known options: {', '.join(known)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hf_stablespam._names import nearest
 from hf_stablespam.quant.formats import Format, ScaleKind, get_format
 from hf_stablespam.quant.quantizer import Quantizer
 
@@ -198,9 +198,9 @@ class FourBitConfig:
         known = [field.name for field in fields(cls)]
         for key in options:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}"
-                raise ValueError(f"unknown option {key!r} of FourBitConfig; {hint}")
+                raise ValueError(
+                    f"unknown option {key!r} of FourBitConfig{nearest(key, known)}; known options: {', '.join(known)}"
+                )
         return cls(**options)
 
 

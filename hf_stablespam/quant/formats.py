@@ -6,9 +6,10 @@ Nothing in this file computes: `quantizer.py` reads these records, so that a new
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from enum import Enum
+
+from hf_stablespam._names import nearest
 
 
 class ScaleKind(Enum):
@@ -81,9 +82,7 @@ def get_format(name: str, field: str = "format") -> Format:
     """
     if isinstance(name, str) and name in FORMATS:
         return FORMATS[name]
-    near = difflib.get_close_matches(str(name), FORMATS, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(
-        f"{field} must be one of {', '.join(map(repr, FORMATS))} or None, got {name!r}."
-        f"{hint} None leaves this operand in high precision."
+        f"{field} must be one of {', '.join(map(repr, FORMATS))} or None, got {name!r}{nearest(str(name), FORMATS)};"
+        " None leaves this operand in high precision"
     )

@@ -32,7 +32,7 @@ def chosen(param=None, **options):
         ({"fused": False, "foreach": False}, dispatch.loop_step),
         ({"clip_beta": None, "norm_betas": None, "reset_interval": None}, dispatch.plain_step),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),  # no address: workers must agree on the names
 )
 def test_the_choice_on_the_cpu(options, path):
     assert chosen(**options) is path

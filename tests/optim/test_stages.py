@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_stablespam.optim import cpu_direct, formulas, plan
+from hf_stablespam.optim import cpu_direct, plan
+from hf_stablespam.optim import formulas as equations
 from tests.optim.common import PATHS, assert_identical, parameters, snapshot, train
 from tests.optim.test_golden import FILES, load
 
@@ -53,7 +54,7 @@ def test_without_one_stage_it_does_not(path, stage, monkeypatch):
 
 
 def test_without_the_bias_correction_of_the_trackers_it_does_not(path, monkeypatch):
-    monkeypatch.setattr(formulas, "bias_correction", lambda beta, step: torch.ones_like(step))
+    monkeypatch.setattr(equations, "bias_correction", lambda beta, step: torch.ones_like(step))
     assert largest_error("no_reset", path) > 1e-5
 
 

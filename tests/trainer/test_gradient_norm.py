@@ -16,7 +16,7 @@ from tests.trainer.gradient_helpers import KeepNorms, Spike
 from tests.trainer.helpers import tiny_trainer, training_logs
 
 
-@pytest.mark.parametrize("optim", ["stable_spam", "adamw_torch", "sgd"])
+@pytest.mark.parametrize("optim", ["stable_spam", "spam", "adamw_torch", "sgd"])
 def test_norm_is_that_of_the_whole_gradient(tmp_path, optim):
     keep = KeepNorms()
     trainer = tiny_trainer(tmp_path, callbacks=[GradientNormCallback(), keep], optim=optim)

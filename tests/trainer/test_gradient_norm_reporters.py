@@ -79,7 +79,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
     rows = training_logs(train(tmp_path / "out", "wandb"))
-    wandb.finish()
+    wandb.teardown()  # unlike `finish` it waits until the file is written
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     read = list(wandb_rows(path))
     for name in NAMES:
