@@ -147,3 +147,17 @@ def check_group_names(group: dict[str, Any], known: Iterable[str]) -> None:
     for name in group:
         if name not in (*known, "params", "param_names", "initial_lr") and (hint := nearest(name, known, cutoff=0.8)):
             raise TypeError(f"unknown option {name!r} in a parameter group{hint}; known options: {', '.join(known)}")
+
+
+def check_real(params: Iterable[Tensor]) -> None:
+    """The parameters of one group are real.
+
+    Raises:
+        ValueError: for the first complex one.
+    """
+    for index, param in enumerate(params):
+        if param.is_complex():
+            raise ValueError(
+                f"parameters must be real, got {param.dtype} for shape {tuple(param.shape)}, parameter {index} of the group; "
+                "optimize torch.view_as_real(parameter) instead"
+            )

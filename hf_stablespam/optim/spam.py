@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from hf_stablespam.optim.options import check_group_names
+from hf_stablespam.optim.options import check_group_names, check_real
 from hf_stablespam.optim.spam_options import check_gradients, check_spam
 from hf_stablespam.optim.spam_update import State, spam_step
 from hf_stablespam.optim.sparse_mask import draw_mask, empty_mask, kept_entries
@@ -111,14 +111,11 @@ class SPAM(Optimizer):
             check_group_names(param_group, self.defaults)
             check_spam({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for param in group["params"]:
-            if param.is_complex():
-                self.param_groups.pop()
-                raise ValueError(
-                    f"parameters must be real, got {param.dtype} for shape {tuple(param.shape)}; "
-                    "optimize torch.view_as_real(parameter) instead"
-                )
+        try:
+            check_real(self.param_groups[-1]["params"])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -13,7 +13,7 @@ from hf_stablespam.optim.dispatch import step_group
 from hf_stablespam.optim.galore import warn_of_clamped_rank
 from hf_stablespam.optim.galore_options import check_galore, check_targets
 from hf_stablespam.optim.low_bit import clear
-from hf_stablespam.optim.options import AUTO, check_group_names, check_stable_spam
+from hf_stablespam.optim.options import AUTO, check_group_names, check_real, check_stable_spam
 from hf_stablespam.optim.plan import Batch, Result
 from hf_stablespam.optim.sharded import set_sharded_apart, sharded_step
 
@@ -164,19 +164,13 @@ class StableSPAM(Optimizer):
             check_galore({**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
+            check_real(self.param_groups[-1]["params"])
             check_targets(param_group)
         except ValueError:
             self.param_groups.pop()
             raise
         if (rank := self.param_groups[-1]["rank"]) is not None:
             warn_of_clamped_rank(self.param_groups[-1]["params"], rank)
-        for index, param in enumerate(self.param_groups[-1]["params"]):
-            if param.is_complex():
-                self.param_groups.pop()
-                raise ValueError(
-                    f"parameters must be real, got {param.dtype} for parameter {index} of the group; "
-                    "optimize torch.view_as_real(parameter) instead"
-                )
 
     @overload
     def step(self, closure: None = None) -> None: ...
