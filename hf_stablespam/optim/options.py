@@ -158,6 +158,6 @@ def check_real(params: Iterable[Tensor]) -> None:
     for index, param in enumerate(params):
         if param.is_complex():
             raise ValueError(
-                f"parameters must be real, got {param.dtype} for shape {tuple(param.shape)}, parameter {index} of the group; "
-                "optimize torch.view_as_real(parameter) instead"
+                f"parameters must be real, got {param.dtype} for shape {tuple(param.shape)}, "
+                f"parameter {index} of the group; optimize torch.view_as_real(parameter) instead"
             )
