@@ -7,14 +7,25 @@ import pytest
 import torch
 
 from benchmarks import _record, faults
+from hf_stablespam import FourBitLinear
 
 STEPS = 10
+
+
+class Tokenizer:
+    """What the model asks of one."""
+
+    bos_token_id = eos_token_id = pad_token_id = 0
+
+    def __len__(self):
+        return faults.VOCABULARY
 
 
 @pytest.fixture
 def corpus(monkeypatch):
     tokens = np.random.default_rng(0).integers(faults.VOCABULARY, size=STEPS * faults.BATCH * faults.BLOCK * 2)
-    made = faults.Corpus(tokenizer=None, train=tokens.astype(np.uint16), validation=tokens[:4096].astype(np.uint16))
+    train, validation = tokens.astype(np.uint16), tokens[:4096].astype(np.uint16)
+    made = faults.Corpus(Tokenizer(), train, validation)
     monkeypatch.setattr(faults, "load_standard_library", lambda vocabulary: made)
     return made
 
@@ -44,6 +55,12 @@ def test_adamw_is_lost_to_a_nan_and_stable_spam_is_not(corpus):
     assert lost["nan_steps"] > 0
     assert np.isfinite(kept["final_loss"])
     assert kept["nan_steps"] == 0
+
+
+def test_the_model_is_the_demos(corpus):
+    model = faults.demo_llama(corpus.tokenizer, seed=0)
+    assert sum(param.numel() for param in model.parameters()) == 1_328_256
+    assert sum(isinstance(module, FourBitLinear) for module in model.modules()) == 28
 
 
 def test_an_interrupted_benchmark_goes_on_where_it_stopped(corpus, tmp_path, monkeypatch, capsys):
