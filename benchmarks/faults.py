@@ -1,7 +1,7 @@
 """What gradient faults do to a training run, under AdamW, AdamW with clipping, SPAM and Stable-SPAM.
 
     python benchmarks/faults.py               # every run that results/faults.csv does not have yet, then the table
-    python benchmarks/faults.py --table       # the table from what is there
+    python benchmarks/faults.py --table       # the table and the verdict from what is there
     python benchmarks/faults.py --steps 20 --seeds 0 --dry-run
 
 The demo's pretraining in 4 bits (the same Llama of 1.3 million parameters, INT4 weights and activations, the same text)
@@ -35,10 +35,10 @@ import hf_stablespam.optim
 from benchmarks._record import RESULTS, append_rows
 from hf_stablespam import FourBitConfig, StableSPAM, convert_to_4bit
 
-STEPS, SEEDS, RATES = 100, (0, 1, 2), (0.01, 0.05, 0.2)
+STEPS, SEEDS, RATES = 100, (0, 1, 2), (0.05, 0.2, 0.01)
 VOCABULARY, BLOCK, BATCH, VALIDATION = 2048, 64, 8, 64
 LEARNING_RATE, WARM_UP, RESET_INTERVAL = 3e-3, 10, 40
-CLEAN = "none"
+CLEAN, SPIKES = "none", ("entry x 1e4", "tensor x 1e3")
 Parameters = list[torch.nn.Parameter]
 
 
@@ -107,12 +107,11 @@ FAULTS: dict[str, Callable[[list[Tensor], Tensor, torch.Generator], None]] = {
 
 
 def all_runs(seeds: tuple[int, ...]) -> Iterator[Run]:
+    """Seed by seed, each optimizer in turn; the 5 % that the bound is about come before the other rates."""
     for seed in seeds:
-        for optimizer in OPTIMIZERS:
-            yield Run(optimizer, CLEAN, 0.0, seed)
-            for fault in FAULTS:
-                for rate in RATES:
-                    yield Run(optimizer, fault, rate, seed)
+        for fault, rate in [(CLEAN, 0.0)] + [(fault, rate) for rate in RATES for fault in FAULTS]:
+            for optimizer in OPTIMIZERS:
+                yield Run(optimizer, fault, rate, seed)
 
 
 def demo_llama(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
@@ -187,10 +186,24 @@ def table(rows: list[dict[str, str]]) -> str:
     for row in rows:
         cells.setdefault((row["fault"], row["rate"], row["optimizer"]), []).append(row)
     lines = [f"| fault | steps | {' | '.join(OPTIMIZERS)} |", f"|---|---|{'---|' * len(OPTIMIZERS)}"]
-    for fault, rate in [(CLEAN, 0.0)] + [(fault, rate) for fault in FAULTS for rate in RATES]:
+    for fault, rate in [(CLEAN, 0.0)] + [(fault, rate) for fault in FAULTS for rate in sorted(RATES)]:
         texts = [_cell(cells.get((fault, str(rate), optimizer), [])) for optimizer in OPTIMIZERS]
         lines.append(f"| {fault} | {rate:.0%} | {' | '.join(texts)} |")
     return "\n".join(lines)
+
+
+def verdict(rows: list[dict[str, str]]) -> str:
+    """The bound: Stable-SPAM survives every run, and with 5 % spikes ends within 1 % of its own clean loss."""
+    own = [row for row in rows if row["optimizer"] == "Stable-SPAM"]
+    clean = {row["seed"]: float(row["final_loss"]) for row in own if row["fault"] == CLEAN}
+    excess = [
+        float(row["final_loss"]) / clean[row["seed"]] - 1
+        for row in own
+        if row["fault"] in SPIKES and row["rate"] == "0.05" and row["seed"] in clean
+    ]
+    survived = sum(row["survived"] == "True" for row in own)
+    worst = f"at most {max(excess):+.2%} of its clean loss" if excess else "not yet run"
+    return f"Stable-SPAM survived {survived} of {len(own)} runs; with 5% spikes, {len(excess)} runs: {worst}"
 
 
 def _cell(rows: list[dict[str, str]]) -> str:
@@ -226,7 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(*row.values(), flush=True)
             if not options.dry_run:
                 append_rows("faults", [row])
-    print(table(read(path)))
+    print(f"{table(read(path))}\n\n{verdict(read(path))}")
 
 
 if __name__ == "__main__":

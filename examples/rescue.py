@@ -1,74 +1,99 @@
-"""Rescue a 4-bit run that AdamW does not carry: go on from its last good checkpoint with Stable-SPAM.
+"""Rescue a run that AdamW has lost: go on with Stable-SPAM from its last checkpoint before the loss went wrong.
 
-    python examples/rescue.py --output_dir runs/rescue                                  # both halves, on embedded data
-    python examples/rescue.py --output_dir runs/rescue --checkpoint runs/mine/checkpoint-2000 --dataset_name ...
+    python examples/rescue.py --output_dir runs/rescue                        # loses a run first, on embedded data
+    python examples/rescue.py --output_dir runs/rescued --lost_run runs/mine --model_size 60m --dataset_name ...
 
-The weights go on; the optimizer's state does not, because moments that spikes have gone through are what is wrong.
-Without `--checkpoint` a short run of AdamW in 4 bits, without clipping and at a high learning rate, makes one first.
+All but the options below are those of `pretrain.py`; with `--lost_run` give those that the lost run was started with.
+The rescue is one option: `--resume_from_checkpoint` under `--optim stable_spam`. Weights, data order, schedule and
+AdamW's moments go on, the trackers of AdaClip and AdaGN begin fresh.
+
+Without `--lost_run` a run of AdamW in 4 bits comes first, in which every 40th step brings infinite gradients of one
+weight: AdamW's weights are `nan` from the first of them on. Stable-SPAM meets the same ones, and leaves out each
+tensor whose gradient is not finite (with transformers 5 all tensors of such a step, whose norm the Trainer multiplies
+them by).
 """
 
+import argparse
+import json
+import math
 import sys
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from corpus import TokenBlocks, evenly_spaced, load_standard_library
-from pretrain import llama
-from text_data import load_text_data
-from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments, default_data_collator
+import pretrain
+from injected_spikes import SpikeInjector
 
-from hf_stablespam import FourBitCallback, GradientNormCallback
+from hf_stablespam import GradientNormCallback, last_complete_checkpoint
 
-BLOCK_SIZE = 128
+JUMP = 1.0  # nats above the lowest loss so far: the run is lost
 
 
-@dataclass
-class ScriptArguments:
-    checkpoint: str | None = field(default=None, metadata={"help": "Folder with the weights to go on from."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub name, folder or file."})
-    smoke: bool = field(default=False, metadata={"help": "A few steps, to see that it runs."})
+def last_good_step(history: list[dict]) -> int | None:
+    """The last logged step before the loss stopped being finite or jumped; `None` where it never did."""
+    lowest, step = math.inf, 0
+    for row in history:
+        if "loss" in row:
+            if not row["loss"] <= lowest + JUMP:  # nan is not
+                return step
+            lowest, step = min(lowest, row["loss"]), row["step"]
+    return None
+
+
+def log_history(folder: Path) -> list[dict]:
+    """What a run has logged, from the state that it left at its end or in its newest checkpoint."""
+    newest = last_complete_checkpoint(folder)
+    for place in (folder, newest and Path(newest)):
+        if place and (place / "trainer_state.json").exists():
+            return json.loads((place / "trainer_state.json").read_text())["log_history"]
+    raise SystemExit(f"--lost_run must be a folder with a run of the Trainer, got {folder}, which has no complete one")
+
+
+def lose(folder: Path, options: list[str], injector: SpikeInjector) -> None:
+    """AdamW with the Trainer's own clipping; without the filter the log says when the loss is `nan`."""
+    own = ["--optim", "adamw_torch", "--max_grad_norm", "1", "--logging_nan_inf_filter", "False"]
+    pretrain.main(["--output_dir", str(folder), *options, *own], [injector])
 
 
 def main(command_line: list[str] | None = None) -> None:
-    parser = HfArgumentParser((ScriptArguments, TrainingArguments))
-    parser.set_defaults(learning_rate=1e-2, max_steps=100, logging_steps=10, warmup_steps=10, save_strategy="no")
-    script, args = parser.parse_args_into_dataclasses(command_line)
-    if script.smoke:
-        args.max_steps, args.logging_steps = 4, 2
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/rescue"), help="default runs/rescue")
+    parser.add_argument("--lost_run", type=Path, help="folder of a run with checkpoints; default: make one")
+    parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
+    own, options = parser.parse_known_args(command_line)
 
-    train, validation, tokenizer = load_data(script)
-    data = {"train_dataset": train, "eval_dataset": validation, "processing_class": tokenizer}
-    checkpoint = script.checkpoint or str(Path(args.output_dir) / "adamw")
-    if script.checkpoint is None:
-        adamw = replace(args, optim="adamw_torch", max_grad_norm=0.0, output_dir=checkpoint)
-        trainer = make_trainer(llama("tiny", tokenizer, BLOCK_SIZE), adamw, **data)
-        trainer.train()
-        trainer.save_model()
-    rescued = replace(args, optim="stable_spam", max_grad_norm=0.0)
-    trainer = make_trainer(AutoModelForCausalLM.from_pretrained(checkpoint), rescued, **data)
-    before = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    after = trainer.evaluate()["eval_loss"]
-    trainer.save_model()
-    print(f"validation loss: {before:.4f} at the checkpoint, {after:.4f} after {args.max_steps} steps of stable_spam")
+    lost, callbacks = own.lost_run or own.output_dir / "adamw", [GradientNormCallback()]
+    if own.lost_run is None:
+        steps, every = (8, 4) if own.smoke else (100, 40)
+        shared = f"--max_steps {steps} --save_steps {every // 2} --logging_steps {max(1, every // 8)} --warmup_steps 2"
+        shared += " --learning_rate 3e-3 --per_device_train_batch_size 8 --max_eval_samples 64 --four_bit int4"
+        options = [*shared.split(), *options]
+        injector = SpikeInjector(every, size=math.inf)
+        lose(lost, options, injector)
+        callbacks.append(injector)
 
+    history = log_history(lost)
+    good = last_good_step(history)
+    if good is None:
+        raise SystemExit(
+            f"--lost_run must have lost its way, but the losses in {lost} never jumped; resume it as it is"
+        )
+    # That step's loss was computed before its update: a checkpoint of the same step may be spoilt already.
+    checkpoint = last_complete_checkpoint(lost, before=max(1, good))
+    if checkpoint is None:
+        raise SystemExit(f"no complete checkpoint in {lost} is older than step {good}, where the loss was last good")
 
-def make_trainer(model, args, **data) -> Trainer:
-    callbacks = [FourBitCallback(), GradientNormCallback()]
-    return Trainer(model, args, data_collator=default_data_collator, callbacks=callbacks, **data)
-
-
-def load_data(script: ScriptArguments):
-    evaluated = 8 if script.smoke else 256
-    if script.dataset_name is None:
-        corpus = load_standard_library()
-        validation = TokenBlocks(corpus.validation, BLOCK_SIZE)
-        return TokenBlocks(corpus.train, BLOCK_SIZE), evenly_spaced(validation, evaluated), corpus.tokenizer
-    # A checkpoint's tokens mean something only in its own vocabulary.
-    tokenizer_name = script.checkpoint
-    train, validation, tokenizer = load_text_data(
-        script.dataset_name, tokenizer_name=tokenizer_name, vocab_size=2048, block_size=BLOCK_SIZE
+    rescue = ["--optim", "stable_spam", "--max_grad_norm", "0", "--resume_from_checkpoint", checkpoint]
+    pretrain.main([*options, "--output_dir", str(own.output_dir), *rescue], callbacks)
+    rescued = log_history(own.output_dir)
+    skipped = sum(row.get("gradients/nonfinite", 0) for row in rescued)
+    print(f"\nAdamW: the loss was good until step {good}; {last('loss', history)} in the end")
+    print(
+        f"Stable-SPAM from {checkpoint}: {last('loss', rescued)} in the end, {skipped:.0f} infinite gradients skipped"
     )
-    return train, evenly_spaced(validation, evaluated), tokenizer
+    print(f"Validation loss: {last('eval_loss', history)} before the rescue, {last('eval_loss', rescued)} after it")
+
+
+def last(name: str, history: list[dict]) -> str:
+    return next((f"{row[name]:.4f}" for row in reversed(history) if name in row), "unknown")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ _OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")
 _FSDP_FOLDERS = ("pytorch_model_fsdp_0", "optimizer_0")
 
 
-def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+def last_complete_checkpoint(output_dir: str | os.PathLike[str], before: int | None = None) -> str | None:
     """The newest checkpoint of a Trainer run from which it can go on exactly, for `resume_from_checkpoint`.
 
     A process that is killed while it writes leaves a newest checkpoint with files missing or cut short. Such a one is
@@ -26,18 +26,27 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 
     Args:
         output_dir: the run's `TrainingArguments.output_dir`; it need not exist.
+        before: only checkpoints of steps below this one, for example the step at which the loss went wrong; default
+            `None`, all of them.
 
     Returns:
         The folder of the checkpoint, or `None` where there is no complete one.
+
+    Raises:
+        ValueError: `before` is not an integer of at least 1.
 
     Example:
         >>> last_complete_checkpoint("no/such/run") is None
         True
         >>> trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))  # doctest: +SKIP
     """
+    if before is not None and (isinstance(before, bool) or not isinstance(before, int) or before < 1):
+        raise ValueError(f"before must be an integer of at least 1, got {before!r}; None means all checkpoints")
     folder = Path(output_dir)
     found = [(int(match[1]), path) for path in _folders(folder) if (match := _NAME.fullmatch(path.name))]
     for step, path in sorted(found, reverse=True):
+        if before is not None and step >= before:
+            continue
         problem = what_is_missing(path, step)
         if problem is None:
             return str(path)

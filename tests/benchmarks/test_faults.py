@@ -88,3 +88,20 @@ def test_the_table_says_what_was_lost():
     assert "| nan | 5% | lost (60 nan steps) | – |" in faults.table([lost, lost])
     assert "| nan | 5% | 4.500, 1 of 2 (30 nan steps) | – |" in faults.table([lost, kept])
     assert "| nan | 5% | 4.500 | – |" in faults.table([kept, kept])
+
+
+def test_every_combination_runs_once():
+    runs = list(faults.all_runs(faults.SEEDS))
+    assert len(runs) == len(set(runs)) == 3 * 4 * (1 + 5 * 3)
+    assert {run.rate for run in runs} == {0.0, *faults.RATES}
+
+
+def test_the_verdict_compares_each_seed_with_its_own_clean_run():
+    def row(fault, rate, seed, loss, survived="True"):
+        named = {"optimizer": "Stable-SPAM", "fault": fault, "rate": rate, "seed": seed}
+        return {**named, "final_loss": loss, "survived": survived}
+
+    rows = [row("none", "0.0", "0", "4.0"), row("none", "0.0", "1", "5.0"), row("nan", "0.2", "0", "nan", "False")]
+    assert faults.verdict(rows) == "Stable-SPAM survived 2 of 3 runs; with 5% spikes, 0 runs: not yet run"
+    rows += [row("entry x 1e4", "0.05", "0", "4.02"), row("tensor x 1e3", "0.05", "1", "4.9")]
+    assert faults.verdict(rows).endswith("with 5% spikes, 2 runs: at most +0.50% of its clean loss")

@@ -1,6 +1,8 @@
 """The examples beside pretraining: each runs to its end with `--smoke`, on its embedded data or on a file."""
 
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,14 +37,41 @@ def test_monitoring_adamw(tmp_path, text, capsys):
     assert capsys.readouterr().out.rstrip().splitlines()[-1].split()[0] == "4"
 
 
+RESCUE = ["--report_to", "none", "--disable_tqdm", "True", "--use_cpu", "True", "--block_size", "32"]
+
+
 def test_rescuing_an_adamw_run(tmp_path, text, capsys):
-    """Both halves, and then the second half alone, from the checkpoint that the first left."""
-    rescue.main(["--output_dir", str(tmp_path / "first"), *QUIET, *text])
-    checkpoint = tmp_path / "first" / "adamw"
-    rescue.main(["--output_dir", str(tmp_path / "second"), *QUIET, *text, "--checkpoint", str(checkpoint)])
-    first, second = [line for line in capsys.readouterr().out.splitlines() if "at the checkpoint" in line]
-    assert first.split(" at the")[0] == second.split(" at the")[0]
-    assert not (tmp_path / "second" / "adamw").exists()
+    """Both halves; then the second half alone, by the options of the lost run."""
+    rescue.main(["--output_dir", str(tmp_path / "first"), "--smoke", *RESCUE, *text])
+    said = capsys.readouterr().out.splitlines()[-3:]
+    assert said[0] == "AdamW: the loss was good until step 4; nan in the end"
+    assert said[1].startswith(f"Stable-SPAM from {tmp_path / 'first' / 'adamw' / 'checkpoint-2'}: ")
+    assert int(re.search(r"left out (\d+) infinite gradients$", said[1])[1]) >= 2
+    assert said[2].startswith("Validation loss: nan before the rescue, ")
+    assert [row["step"] for row in logs(tmp_path / "first")] == list(range(1, 9))
+    assert all(math.isfinite(row["loss"]) for row in logs(tmp_path / "first"))
+
+    again = "--max_steps 8 --save_strategy no --logging_steps 1 --warmup_steps 2 --max_eval_samples 8 --four_bit int4"
+    lost = ["--lost_run", str(tmp_path / "first" / "adamw"), "--output_dir", str(tmp_path / "second")]
+    rescue.main([*lost, *again.split(), *RESCUE, *text])
+    assert "left out 0 infinite gradients\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("losses", "good"),
+    [([5.0, 4.0, 4.5], None), ([5.0, 4.0, 5.1, 3.0], 2), ([5.0, math.nan], 1), ([math.nan, 5.0], 0), ([], None)],
+)
+def test_where_a_run_was_lost(losses, good):
+    history = [{"loss": loss, "step": step} for step, loss in enumerate(losses, 1)] + [{"eval_loss": 9.0, "step": 9}]
+    assert rescue.last_good_step(history) == good
+
+
+def test_what_cannot_be_rescued(tmp_path, text):
+    with pytest.raises(SystemExit, match=r"--lost_run must be a folder with a run of the Trainer, got .*nowhere"):
+        rescue.main(["--output_dir", str(tmp_path), "--lost_run", str(tmp_path / "nowhere")])
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [{"loss": 4.0, "step": 1}]}))
+    with pytest.raises(SystemExit, match=r"the losses in .* never jumped; resume it as it is"):
+        rescue.main(["--output_dir", str(tmp_path), "--lost_run", str(tmp_path)])
 
 
 def test_sequence_classification(tmp_path):

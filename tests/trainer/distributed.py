@@ -64,9 +64,7 @@ def run(
         **overrides,
     }
     if fsdp is not None:
-        options |= {"fsdp": "full_shard auto_wrap", "fsdp_config": {**FSDP_CONFIG, "state_dict_type": fsdp}}
-        # transformers 4 does not read these from fsdp_config
-        os.environ |= {"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": fsdp}
+        options |= fsdp_options(fsdp)
     args = arguments(output_dir, **options)
     if fsdp is not None:
         let_fsdp_run_on_the_cpu(args)
@@ -78,6 +76,12 @@ def run(
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def fsdp_options(kind: str = "FULL_STATE_DICT") -> dict:
+    """What TrainingArguments need for FSDP2. transformers 4 takes some of it from the environment only."""
+    os.environ |= {"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": kind}
+    return {"fsdp": "full_shard auto_wrap", "fsdp_config": {**FSDP_CONFIG, "state_dict_type": kind}}
 
 
 def result_of(trainer: Trainer) -> dict:

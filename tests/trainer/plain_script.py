@@ -38,6 +38,7 @@ def main():
     print("argv0", os.path.basename(sys.argv[0]))
     print("path0", os.path.basename(sys.path[0]))
     print("optimizer", type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__)
+    print("parameters", type(next(trainer.model.parameters())).__name__)
     print("layers", *sorted({type(m).__name__ for m in trainer.model.modules() if isinstance(m, torch.nn.Linear)}))
 
 

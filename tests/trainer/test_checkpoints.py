@@ -40,6 +40,11 @@ def test_none_where_there_is_nothing(tmp_path):
     assert last_complete_checkpoint(tmp_path / "missing") is None
 
 
+@pytest.mark.parametrize(("before", "found"), [(5, "checkpoint-4"), (4, "checkpoint-2"), (2, None)])
+def test_only_those_before_a_step(run, before, found):
+    assert last_complete_checkpoint(run, before=before) == (found and str(run / found))
+
+
 def test_the_order_is_that_of_numbers(copy):
     shutil.copytree(copy / "checkpoint-4", copy / "checkpoint-10")
     state = json.loads((copy / "checkpoint-10" / "trainer_state.json").read_text())

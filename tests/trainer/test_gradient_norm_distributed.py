@@ -35,7 +35,7 @@ class KeepWholeGradient(TrainerCallback):
 
 
 def train(folder: Path, optim: str, fsdp: bool = False, spike_score: str = "tensor") -> dict:
-    options = {"fsdp": True, "fsdp_config": distributed.FSDP_CONFIG} if fsdp else {}
+    options = distributed.fsdp_options() if fsdp else {}
     args = arguments(
         folder,
         optim=optim,

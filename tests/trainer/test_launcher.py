@@ -15,6 +15,7 @@ from tests.trainer.helpers import tiny_trainer
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "plain_script.py"
+CPU = Path(__file__).parent / "cpu_as_accelerator.py"
 
 
 def launch(*arguments, cwd=None, environment=None, python=("-m", "hf_stablespam")):
@@ -55,7 +56,8 @@ def train(output, *own, target=(SCRIPT,), **options):
 def test_a_script_gets_the_optimizer_and_the_callbacks(tmp_path):
     own = ("--four-bit", "int4", "--gradient-norms", "--reset-every", "2")
     printed, rows = train(tmp_path, *own)
-    assert "argv0 plain_script.py\npath0 trainer\noptimizer StableSPAM\nlayers FourBitLinear Linear" in printed
+    assert "argv0 plain_script.py\npath0 trainer\noptimizer StableSPAM\n" in printed
+    assert "layers FourBitLinear Linear\n" in printed
     assert [row["momentum/resets"] for row in rows] == [0, 1, 0, 1]
     assert all(row["gradients/norm"] > 0 for row in rows)
 
@@ -71,7 +73,7 @@ def test_a_module_without_callbacks_and_with_spawned_workers(tmp_path):
             "per_device_train_batch_size": 4,
         },
     )
-    assert "optimizer StableSPAM\nlayers Linear\n" in printed
+    assert "optimizer StableSPAM\nparameters Parameter\nlayers Linear\n" in printed
     assert not [key for key in rows[0] if "/" in key]
 
 
@@ -101,12 +103,41 @@ def test_under_torchrun(tmp_path):
     printed, rows = train(
         tmp_path / "out",
         "--gradient-norms",
-        python=("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_stablespam"),
+        python=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hf_stablespam"),
         flags={"per_device_train_batch_size": 2},
         cwd=tmp_path,
     )
     assert printed.count("optimizer StableSPAM") == 2
     assert len(rows) == 4
+    assert all(row["gradients/norm"] > 0 for row in rows)
+
+
+ACCELERATE = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--mixed_precision", "no")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("configured", "target", "use_cpu", "parameters"),
+    [
+        (("--multi_gpu",), (SCRIPT,), True, "Parameter"),
+        (("--config_file", ROOT / "examples" / "configs" / "fsdp2.yaml"), (CPU, SCRIPT), False, "DTensor"),
+    ],
+    ids=["DDP", "FSDP2"],
+)
+def test_under_accelerate(tmp_path, configured, target, use_cpu, parameters):
+    """Two processes: DDP, and the FSDP2 file of the examples, for which the CPU has to pass for an accelerator."""
+    printed, rows = train(
+        tmp_path / "out",
+        "--gradient-norms",
+        "--four-bit",
+        "int4",
+        target=target,
+        python=(*ACCELERATE, *map(str, configured), "--main_process_port", "0", "-m", "hf_stablespam"),
+        flags={"per_device_train_batch_size": 2, "use_cpu": use_cpu},
+    )
+    expected = f"optimizer StableSPAM\nparameters {parameters}\nlayers FourBitLinear Linear\n"
+    assert printed.count(expected) == 2
+    assert printed.count("distributed FSDP\n") == (2 if parameters == "DTensor" else 0)
     assert all(row["gradients/norm"] > 0 for row in rows)
 
 
