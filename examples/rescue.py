@@ -87,7 +87,7 @@ def main(command_line: list[str] | None = None) -> None:
     skipped = sum(row.get("gradients/nonfinite", 0) for row in rescued)
     print(f"\nAdamW: the loss was good until step {good}; {last('loss', history)} in the end")
     print(
-        f"Stable-SPAM from {checkpoint}: {last('loss', rescued)} in the end, {skipped:.0f} infinite gradients skipped"
+        f"Stable-SPAM from {checkpoint}: {last('loss', rescued)} in the end; {skipped:.0f} infinite gradients left out"
     )
     print(f"Validation loss: {last('eval_loss', history)} before the rescue, {last('eval_loss', rescued)} after it")
 

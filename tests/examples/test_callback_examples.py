@@ -46,7 +46,7 @@ def test_rescuing_an_adamw_run(tmp_path, text, capsys):
     said = capsys.readouterr().out.splitlines()[-3:]
     assert said[0] == "AdamW: the loss was good until step 4; nan in the end"
     assert said[1].startswith(f"Stable-SPAM from {tmp_path / 'first' / 'adamw' / 'checkpoint-2'}: ")
-    assert int(re.search(r"left out (\d+) infinite gradients$", said[1])[1]) >= 2
+    assert int(re.search(r"; (\d+) infinite gradients left out$", said[1])[1]) >= 2
     assert said[2].startswith("Validation loss: nan before the rescue, ")
     assert [row["step"] for row in logs(tmp_path / "first")] == list(range(1, 9))
     assert all(math.isfinite(row["loss"]) for row in logs(tmp_path / "first"))
@@ -54,7 +54,7 @@ def test_rescuing_an_adamw_run(tmp_path, text, capsys):
     again = "--max_steps 8 --save_strategy no --logging_steps 1 --warmup_steps 2 --max_eval_samples 8 --four_bit int4"
     lost = ["--lost_run", str(tmp_path / "first" / "adamw"), "--output_dir", str(tmp_path / "second")]
     rescue.main([*lost, *again.split(), *RESCUE, *text])
-    assert "left out 0 infinite gradients\n" in capsys.readouterr().out
+    assert "; 0 infinite gradients left out\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
