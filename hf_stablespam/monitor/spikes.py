@@ -1,6 +1,6 @@
 """Gradient spike scores: how far a gradient stands out from those of the steps before it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,6 +50,16 @@ class TensorScores:
         self._mean = torch.where(seen, torch.lerp(value, self._mean, SMOOTHING), self._mean)
         self._steps = self._steps + seen
         return Scores(score, usual)
+
+    def knowledge(self) -> dict[str, list[float]]:
+        """What the scores of the next steps depend on, as JSON; read from the device."""
+        return {"mean": self._mean.tolist(), "steps": self._steps.tolist()}
+
+    def restore(self, knowledge: Mapping[str, list[float]]) -> None:
+        """Go on from what `knowledge` gave; from nothing where it is of another number of tensors."""
+        mean, steps = (self._mean.new_tensor(knowledge.get(name, [])) for name in ("mean", "steps"))
+        if mean.shape == steps.shape == self._mean.shape:
+            self._mean, self._steps = mean, steps
 
 
 class EntryScores:

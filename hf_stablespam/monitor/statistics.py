@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,8 @@ class Window:
         if "update_norm" in combined:
             combined["update_ratio"] = combined["update_norm"] / combined["weight_norm"]
         values = torch.stack(list(combined.values()))
+        if self._kept and (self._figures != tuple(combined) or self._kept["last"].shape != values.shape):
+            self._clear()  # restored from a run that had others
         finite = values.isfinite()
         new = {
             "sum": torch.where(finite, values, 0.0),
@@ -86,6 +89,23 @@ class Window:
         self._clear()
         return report, values[len(values) - (0 if extra is None else extra.numel()) :]
 
+    def knowledge(self) -> dict[str, Any]:
+        """The steps since the last report as JSON, read from the device; empty where there are none."""
+        if not self._kept:
+            return {}
+        rows = {kind: [_or_none(value) for value in tensor.flatten().tolist()] for kind, tensor in self._kept.items()}
+        return {"figures": list(self._figures), "steps": self._steps, "kept": rows}
+
+    def restore(self, knowledge: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from what `knowledge` gave; the first step drops it where that has other figures or parts."""
+        if not knowledge:
+            return
+        self._figures, self._steps = tuple(knowledge["figures"]), knowledge["steps"]
+        for kind, values in knowledge["kept"].items():
+            missing = -torch.inf if kind == "max" else torch.nan
+            flat = torch.tensor([missing if value is None else value for value in values], device=device)
+            self._kept[kind] = flat.view(len(self._figures), -1)
+
     def _report(self, kept: Mapping[str, list[float]]) -> dict[str, float]:
         report: dict[str, float] = {}
         for part, name in enumerate(self._parts.names):
@@ -97,3 +117,7 @@ class Window:
                 kinds = FIGURES[figure].part if name else FIGURES[figure].whole
                 report |= {label(figure, kind, name): found[kind] for kind in kinds if math.isfinite(found[kind])}
         return report
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -10,6 +10,7 @@ from hf_stablespam.monitor.figures import By, Parts, sqnr_db
 from hf_stablespam.monitor.spikes import SPIKE_SCORES, EntryScores, TensorScores
 from hf_stablespam.monitor.statistics import Window
 from hf_stablespam.trainer import accelerator_watch
+from hf_stablespam.trainer.kept_state import KeepsState
 from hf_stablespam.trainer.quantization_error import squared_errors
 from hf_stablespam.trainer.reporting import ReportsFigures, add_to_logs, is_training_log, report_before_others
 from hf_stablespam.trainer.step_figures import Watched, gradient_figures
@@ -17,41 +18,44 @@ from hf_stablespam.trainer.step_figures import Watched, gradient_figures
 PREFIX = "gradients/"
 
 
-class GradientNormCallback(ReportsFigures, TrainerCallback):
+class GradientNormCallback(ReportsFigures, KeepsState, TrainerCallback):
     """Log what the optimizer sees and does: norms, clipped entries, spikes, updates, quantisation error.
 
-    The figures are in every training log, beside the loss: in the console, `trainer_state.json`, TensorBoard, Weights &
-    Biases, trackio. Their names begin with `gradients/`; most come with `_mean` and `_max` over the steps since the
-    last log, so that no spike falls between two logs. `docs/monitoring.md` has them all.
+       The figures are in every training log, beside the loss: in the console, `trainer_state.json`, TensorBoard, Weights &
+       Biases, trackio. Their names begin with `gradients/`; most come with `_mean` and `_max` over the steps since the
+       last log, so that no spike falls between two logs. `docs/monitoring.md` has them all.
 
-    * For any optimizer: `norm` of the whole gradient, `largest` entry, `spike_score`, `spikes`, `nonfinite` gradients,
-      `weight_norm`, `update_norm` and their `update_ratio`; with 4-bit layers `weight_sqnr_db`.
-    * With `StableSPAM`, or behind `stabilize`: `stable_norm` (of the gradient that enters the moments), AdaClip's
-      `clip_threshold`, the `clipped` entries and their `clipped_share`, AdaGN's `norm_factor`, `resets`.
+       * For any optimizer: `norm` of the whole gradient, `largest` entry, `spike_score`, `spikes`, `nonfinite` gradients,
+         `weight_norm`, `update_norm` and their `update_ratio`; with 4-bit layers `weight_sqnr_db`.
+       * With `StableSPAM`, or behind `stabilize`: `stable_norm` (of the gradient that enters the moments), AdaClip's
+         `clip_threshold`, the `clipped` entries and their `clipped_share`, AdaGN's `norm_factor`, `resets`.
 
-    `norm`, `largest` and `clip_threshold` are of the gradient before the Trainer's own clipping (`max_grad_norm`).
-    With gradient accumulation, DDP and FSDP2 they are those of the whole gradient, and the same on all processes.
-    A figure that is not finite is left out of the log, because `nan` is no JSON.
+       `norm`, `largest` and `clip_threshold` are of the gradient before the Trainer's own clipping (`max_grad_norm`).
+       With gradient accumulation, DDP and FSDP2 they are those of the whole gradient, and the same on all processes.
+       A figure that is not finite is left out of the log, because `nan` is no JSON.
 
-    The figures stay on the device until a log is due; one transfer reads them. Training is not changed, but making
-    one wraps two things: `CallbackHandler.on_log`, because the Trainer calls the reporting integrations before the
-    user's callbacks, and `Accelerator.clip_grad_norm_`, because the norm before clipping is known nowhere else.
+       The figures stay on the device until a log is due; one transfer reads them. A checkpoint keeps what was seen since
+       the last log, and the running means of `spike_score="tensor"`: a resumed run logs what an undisturbed one does.
+    Training is not changed, but making
+       one wraps two things: `CallbackHandler.on_log`, because the Trainer calls the reporting integrations before the
+       user's callbacks, and `Accelerator.clip_grad_norm_`, because the norm before clipping is known nowhere else.
 
-    Args:
-        by: also log figures by "block" (`norm/model.layers.0`, …) or by "tensor" (names as in `named_parameters`).
-            Default None: of the whole model only.
-        spike_score: "tensor" (default) compares the largest entry of each gradient tensor with its running mean
-            over about 100 steps; a score above 10 counts as a spike. "entry" compares each entry with the mean of
-            its own magnitude, as SPAM's paper does (arXiv 2501.06842), where 50 makes a spike; it keeps one float32
-            number per trainable parameter. None: neither.
-        updates: weight and update norms. They need a copy of the trainable weights during the optimizer's step.
-            Default True.
+       Args:
+           by: also log figures by "block" (`norm/model.layers.0`, …) or by "tensor" (names as in `named_parameters`).
+               Default None: of the whole model only.
+           spike_score: "tensor" (default) compares the largest entry of each gradient tensor with its running mean
+               over about 100 steps; a score above 10 counts as a spike. "entry" compares each entry with the mean of
+               its own magnitude, as SPAM's paper does (arXiv 2501.06842), where 50 makes a spike; it keeps one float32
+               number per trainable parameter, which is too much for checkpoints: after a resume it begins anew. None:
+               neither.
+           updates: weight and update norms. They need a copy of the trainable weights during the optimizer's step.
+               Default True.
 
-    Raises:
-        ValueError: an argument that is none of these.
+       Raises:
+           ValueError: an argument that is none of these.
 
-    Example:
-        >>> callbacks = [GradientNormCallback(by="block")]  # for Trainer(..., callbacks=callbacks)
+       Example:
+           >>> callbacks = [GradientNormCallback(by="block")]  # for Trainer(..., callbacks=callbacks)
     """
 
     def __init__(
@@ -75,11 +79,22 @@ class GradientNormCallback(ReportsFigures, TrainerCallback):
         self._window: Window | None = None
         self._scores: TensorScores | EntryScores | None = None
         self._before: list[Tensor] = []
+        self._restored: dict[str, Any] = {}
+
+    def arguments(self) -> dict[str, Any]:
+        return {"by": self.by, "spike_score": self.spike_score, "updates": self.updates}
+
+    def knowledge(self) -> dict[str, Any]:
+        if self._window is None:
+            return self._restored
+        scores = self._scores.knowledge() if isinstance(self._scores, TensorScores) else {}
+        return {"scores": scores, "window": self._window.knowledge()}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._forget()
+        self._restored = self.restored(state)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -122,8 +137,10 @@ class GradientNormCallback(ReportsFigures, TrainerCallback):
         watched = self._watched = Watched(model, optimizer)
         entries = [param.numel() for param in watched.params]
         self._window = Window(Parts(watched.names, entries, self.by, watched.shards.device))
+        self._window.restore(self._restored.get("window", {}), watched.shards.device)
         if self.spike_score == "tensor":
             self._scores = TensorScores(len(entries), watched.shards.device)
+            self._scores.restore(self._restored.get("scores", {}))
         elif self.spike_score == "entry":
             self._scores = EntryScores(watched.weights())
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
 
 from hf_stablespam.trainer import accelerator_watch
+from hf_stablespam.trainer.kept_state import KeepsState
 from hf_stablespam.trainer.moments import keeps_moments, reset_moments, unwrap
 from hf_stablespam.trainer.options import SPAM, STABLE_SPAM, parse_optim_args
 from hf_stablespam.trainer.reporting import ReportsFigures, add_to_logs, is_training_log, report_before_others
@@ -18,7 +18,7 @@ PREFIX = "momentum/"
 _FEWEST_NORMS = 5  # a median of fewer says nothing about what is usual
 
 
-class MomentumResetCallback(ReportsFigures, TrainerCallback, ExportableState):
+class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
     """Reset the optimizer's moments at chosen steps or after gradient spikes, then warm the learning rate up.
 
     Works with every optimizer that keeps moments. With `StableSPAM` it takes the place of the optimizer's own
@@ -79,17 +79,16 @@ class MomentumResetCallback(ReportsFigures, TrainerCallback, ExportableState):
             )
         self.norms: list[float] = []  # the last finite gradient norms, oldest first
         self.last_spike = 0  # the last step whose spike caused a reset
-        self._resets = 0  # since the last log
+        self.unlogged_resets = 0
         self._factor = 1.0  # on the learning rate of the current step
         self._schedule_lrs: list[Any] | None = None  # while a warm-up has changed them
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this callback, in `trainer_state.json`."""
-        arguments = ("every", "at", "on_spike", "warmup_steps", "spike_window", "spike_pause")
-        return {
-            "args": {name: getattr(self, name) for name in arguments},
-            "attributes": {"norms": list(self.norms), "last_spike": self.last_spike},
-        }
+    def arguments(self) -> dict[str, Any]:
+        names = ("every", "at", "on_spike", "warmup_steps", "spike_window", "spike_pause")
+        return {name: getattr(self, name) for name in names}
+
+    def knowledge(self) -> dict[str, Any]:
+        return {"norms": list(self.norms), "last_spike": self.last_spike, "unlogged_resets": self.unlogged_resets}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._check_sole_owner(args, state)
@@ -146,13 +145,13 @@ class MomentumResetCallback(ReportsFigures, TrainerCallback, ExportableState):
         logs = kwargs["logs"]
         if not is_training_log(logs):
             return
-        figures: dict[str, float] = {PREFIX + "resets": self._resets}
+        figures: dict[str, float] = {PREFIX + "resets": self.unlogged_resets}
         if self.warmup_steps:
             figures[PREFIX + "warmup"] = self._factor
             if "learning_rate" in logs:
                 figures["learning_rate"] = logs["learning_rate"] * self._factor
         add_to_logs(figures, logs, state.log_history)
-        self._resets = 0
+        self.unlogged_resets = 0
 
     def _check_sole_owner(self, args: TrainingArguments, state: TrainerState) -> None:
         dialect = {"stable_spam": STABLE_SPAM, "spam": SPAM}.get(getattr(args.optim, "value", args.optim))
@@ -162,27 +161,23 @@ class MomentumResetCallback(ReportsFigures, TrainerCallback, ExportableState):
                 f"optim_args sets reset_interval={interval} beside a MomentumResetCallback, which owns the resets; "
                 "leave reset_interval out, or remove the callback"
             )
-        if isinstance(self._saved(state), list):
+        places: Any = state.stateful_callbacks
+        if isinstance(places.get(type(self).__name__), list):
             raise ValueError(
                 "There are two MomentumResetCallbacks in one Trainer, but resets have one owner; "
                 "give the steps of both to one callback, with every= and at="
             )
 
-    def _saved(self, state: TrainerState) -> Any:
-        """What the Trainer's state holds of `self.state()`: a list where several such callbacks are there."""
-        saved: Any = state.stateful_callbacks or {}
-        return saved.get(type(self).__name__)
-
     def _restore(self, state: TrainerState) -> None:
-        saved = self._saved(state) if state.global_step else None
-        attributes = saved["attributes"] if saved else {}
-        self.norms = list(attributes.get("norms", []))
-        self.last_spike = attributes.get("last_spike", 0)
-        self._resets, self._factor, self._schedule_lrs = 0, 1.0, None
+        saved = self.restored(state)
+        self.norms = list(saved.get("norms", []))
+        self.last_spike = saved.get("last_spike", 0)
+        self.unlogged_resets = saved.get("unlogged_resets", 0)
+        self._factor, self._schedule_lrs = 1.0, None
 
     def _reset(self, optimizer: Any) -> None:
         reset_moments(optimizer)
-        self._resets += 1
+        self.unlogged_resets += 1
 
     def _is_scheduled(self, step: int) -> bool:
         return step in self.at or (self.every is not None and step % self.every == 0)

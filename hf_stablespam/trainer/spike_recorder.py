@@ -13,6 +13,7 @@ from hf_stablespam.monitor.spike_file import FILE_NAME, Spike, SpikeFile
 from hf_stablespam.monitor.spikes import SPIKE_SCORES, TensorScores
 from hf_stablespam.trainer import accelerator_watch
 from hf_stablespam.trainer.data_indices import DataIndices
+from hf_stablespam.trainer.kept_state import KeepsState
 from hf_stablespam.trainer.moments import unwrap
 from hf_stablespam.trainer.reporting import is_training_log
 from hf_stablespam.trainer.step_figures import Watched, gradient_figures
@@ -28,7 +29,7 @@ class _Step(NamedTuple):
     data_indices: list[int] | None
 
 
-class SpikeRecorder(TrainerCallback):
+class SpikeRecorder(KeepsState, TrainerCallback):
     """Write the last gradient spikes of a run to `spikes.jsonl` in its output folder, for any optimizer.
 
     A tensor's gradient spikes when its largest entry, before the Trainer's own clipping, is more than `above` times
@@ -36,11 +37,11 @@ class SpikeRecorder(TrainerCallback):
     finite is a spike too. For each of the (at most 8) worst tensors of such a step one line is written, with the fields
     of `hf_stablespam.monitor.spike_file.Spike`; `read_spikes` there reads them.
 
-    Spikes wait on the device until the Trainer logs, saves or ends, and then are read in one transfer: a crash loses
-    those since the last log. One process writes; losses are means over all processes, and data indices are those of all
-    processes. The file never holds more than `keep` lines. A run that resumes from a checkpoint goes on with the file,
-    without what came after the checkpoint, and learns what is usual anew; another run in the same folder begins a new
-    file.
+    Spikes wait on the device until the Trainer logs, saves or ends, and then are read in one transfer. They are in the
+    file before a checkpoint is written, so that a crash loses those only that the resumed run will come to again. One
+    process writes; losses are means over all processes, and data indices are those of all processes. The file never
+    holds more than `keep` lines. A run that resumes from a checkpoint goes on with the file, without what came after
+    the checkpoint, and with the running means; another run in the same folder begins a new file.
 
     Making one wraps `Accelerator.clip_grad_norm_` and `Accelerator.backward`, where the norm before clipping and
     the loss of a step are; while it trains the batch sampler leaves a copy of the indices that it yields.
@@ -77,11 +78,19 @@ class SpikeRecorder(TrainerCallback):
         self._losses: list[Tensor] = []
         self._learning_rates: list[Any] = []
         self._batches = 1
+        self._restored: dict[str, Any] = {}
+
+    def arguments(self) -> dict[str, Any]:
+        return {"keep": self.keep, "above": self.above}
+
+    def knowledge(self) -> dict[str, Any]:
+        return self._restored if self._watched is None else self._scores.knowledge()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._forget()
+        self._restored = self.restored(state)
         self._stop_watching()
         assert args.output_dir is not None, "the arguments fill it in"
         self._file = SpikeFile(Path(args.output_dir) / FILE_NAME, self.keep)
@@ -118,6 +127,7 @@ class SpikeRecorder(TrainerCallback):
         if self._watched is None:
             self._watched = Watched(kwargs["model"], optimizer)
             self._scores = TensorScores(len(self._watched.params), self._watched.shards.device)
+            self._scores.restore(self._restored)
         assert self._data is not None
         figures = gradient_figures(self._watched, optimizer, self._watched.gradients(), args.max_grad_norm > 0)
         loss = accelerator_watch.step_loss(optimizer)
@@ -128,6 +138,16 @@ class SpikeRecorder(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # All processes log these together; a script may log others on one process, where the rest would be waited for.
         if is_training_log(kwargs["logs"]):
+            self._write(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save:
+            self._write(state)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save:
             self._write(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
