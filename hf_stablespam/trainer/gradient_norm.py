@@ -21,41 +21,42 @@ PREFIX = "gradients/"
 class GradientNormCallback(ReportsFigures, KeepsState, TrainerCallback):
     """Log what the optimizer sees and does: norms, clipped entries, spikes, updates, quantisation error.
 
-       The figures are in every training log, beside the loss: in the console, `trainer_state.json`, TensorBoard, Weights &
-       Biases, trackio. Their names begin with `gradients/`; most come with `_mean` and `_max` over the steps since the
-       last log, so that no spike falls between two logs. `docs/monitoring.md` has them all.
+    The figures are in every training log, beside the loss: in the console, `trainer_state.json`, TensorBoard, Weights &
+    Biases, trackio. Their names begin with `gradients/`; most come with `_mean` and `_max` over the steps since the
+    last log, so that no spike falls between two logs. `docs/monitoring.md` has them all.
 
-       * For any optimizer: `norm` of the whole gradient, `largest` entry, `spike_score`, `spikes`, `nonfinite` gradients,
-         `weight_norm`, `update_norm` and their `update_ratio`; with 4-bit layers `weight_sqnr_db`.
-       * With `StableSPAM`, or behind `stabilize`: `stable_norm` (of the gradient that enters the moments), AdaClip's
-         `clip_threshold`, the `clipped` entries and their `clipped_share`, AdaGN's `norm_factor`, `resets`.
+    * For any optimizer: `norm` of the whole gradient, `largest` entry, `spike_score`, `spikes`, `nonfinite` gradients,
+      `weight_norm`, `update_norm` and their `update_ratio`; with 4-bit layers `weight_sqnr_db`.
+    * With `StableSPAM`, or behind `stabilize`: `stable_norm` (of the gradient that enters the moments), AdaClip's
+      `clip_threshold`, the `clipped` entries and their `clipped_share`, AdaGN's `norm_factor`, `resets`.
 
-       `norm`, `largest` and `clip_threshold` are of the gradient before the Trainer's own clipping (`max_grad_norm`).
-       With gradient accumulation, DDP and FSDP2 they are those of the whole gradient, and the same on all processes.
-       A figure that is not finite is left out of the log, because `nan` is no JSON.
+    `norm`, `largest` and `clip_threshold` are of the gradient before the Trainer's own clipping (`max_grad_norm`).
+    With gradient accumulation, DDP and FSDP2 they are those of the whole gradient, and the same on all processes.
+    A figure that is not finite is left out of the log, because `nan` is no JSON.
 
-       The figures stay on the device until a log is due; one transfer reads them. A checkpoint keeps what was seen since
-       the last log, and the running means of `spike_score="tensor"`: a resumed run logs what an undisturbed one does.
-    Training is not changed, but making
-       one wraps two things: `CallbackHandler.on_log`, because the Trainer calls the reporting integrations before the
-       user's callbacks, and `Accelerator.clip_grad_norm_`, because the norm before clipping is known nowhere else.
+    The figures stay on the device until a log is due; one transfer reads them. A checkpoint keeps those since the last
+    log, and the running means of `spike_score="tensor"`, so that a resumed run logs what an undisturbed one does.
 
-       Args:
-           by: also log figures by "block" (`norm/model.layers.0`, …) or by "tensor" (names as in `named_parameters`).
-               Default None: of the whole model only.
-           spike_score: "tensor" (default) compares the largest entry of each gradient tensor with its running mean
-               over about 100 steps; a score above 10 counts as a spike. "entry" compares each entry with the mean of
-               its own magnitude, as SPAM's paper does (arXiv 2501.06842), where 50 makes a spike; it keeps one float32
-               number per trainable parameter, which is too much for checkpoints: after a resume it begins anew. None:
-               neither.
-           updates: weight and update norms. They need a copy of the trainable weights during the optimizer's step.
-               Default True.
+    Training is not changed, but making one wraps two things: `CallbackHandler.on_log`, because the Trainer calls the
+    reporting integrations before the user's callbacks, and `Accelerator.clip_grad_norm_`, because the norm before
+    clipping is known nowhere else.
 
-       Raises:
-           ValueError: an argument that is none of these.
+    Args:
+        by: also log figures by "block" (`norm/model.layers.0`, …) or by "tensor" (names as in `named_parameters`).
+            Default None: of the whole model only.
+        spike_score: "tensor" (default) compares the largest entry of each gradient tensor with its running mean
+            over about 100 steps; a score above 10 counts as a spike. "entry" compares each entry with the mean of
+            its own magnitude, as SPAM's paper does (arXiv 2501.06842), where 50 makes a spike; it keeps one float32
+            number per trainable parameter, which is too much for checkpoints: after a resume it begins anew. None:
+            neither.
+        updates: weight and update norms. They need a copy of the trainable weights during the optimizer's step.
+            Default True.
 
-       Example:
-           >>> callbacks = [GradientNormCallback(by="block")]  # for Trainer(..., callbacks=callbacks)
+    Raises:
+        ValueError: an argument that is none of these.
+
+    Example:
+        >>> callbacks = [GradientNormCallback(by="block")]  # for Trainer(..., callbacks=callbacks)
     """
 
     def __init__(
