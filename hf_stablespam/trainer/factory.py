@@ -114,6 +114,9 @@ def wrap_trainer(trainer_cls: "type[Trainer]") -> None:
         _knowing(trainer_cls.get_optimizer_cls_and_kwargs)
     )
     trainer_cls.create_scheduler = _resolving_auto(trainer_cls.create_scheduler)  # type: ignore[method-assign]
+    trainer_cls._load_optimizer_and_scheduler = _with_a_number(  # type: ignore[method-assign]
+        trainer_cls._load_optimizer_and_scheduler
+    )
 
 
 def _knowing(original: Any) -> Any:
@@ -137,6 +140,31 @@ def _resolving_auto(original: Any) -> Any:
         return original(self, num_training_steps, optimizer)
 
     return create_scheduler
+
+
+def _groups(optimizer: Any) -> list[dict[str, Any]]:
+    return getattr(optimizer, "param_groups", [])  # what stands for one of DeepSpeed's has none
+
+
+class _NotYet(int):
+    """Stands for `"auto"` where a number is needed before the Trainer says which."""
+
+
+def _with_a_number(original: Any) -> Any:
+    # torch's distributed checkpoints take a step without gradients before they load, and "auto", which still stands
+    # there where a script has its own `create_scheduler`, cannot be stepped with. What was saved replaces it.
+    @functools.wraps(original)
+    def _load_optimizer_and_scheduler(self: "Trainer", checkpoint: Any) -> Any:
+        for group in _groups(self.optimizer):
+            if group.get("decay_steps") == "auto":
+                group["decay_steps"] = _NotYet(1)
+        result = original(self, checkpoint)
+        for group in _groups(self.optimizer):
+            if isinstance(group.get("decay_steps"), _NotYet):
+                group["decay_steps"] = "auto"
+        return result
+
+    return _load_optimizer_and_scheduler
 
 
 def wrap_callback_handler(handler_cls: Any) -> None:

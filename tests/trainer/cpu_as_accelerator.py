@@ -17,4 +17,4 @@ if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     runpy.run_path(sys.argv[0], run_name="__main__")
-    print("distributed", AcceleratorState().distributed_type.value)
+    sys.stdout.write(f"distributed {AcceleratorState().distributed_type.value}\n")

@@ -43,7 +43,13 @@ class Spike(TrainerCallback):
 
 
 def run(
-    output_dir, *, fsdp: str | None = None, resume: str | None = None, stop_at: int = STEPS, **overrides
+    output_dir,
+    *,
+    fsdp: str | None = None,
+    resume: str | None = None,
+    stop_at: int = STEPS,
+    trainer_cls: type[Trainer] = Trainer,
+    **overrides,
 ) -> Trainer:
     """A run of `STEPS` steps in 4 bits with accumulation, resets and a spike.
 
@@ -68,7 +74,7 @@ def run(
     args = arguments(output_dir, **options)
     if fsdp is not None:
         let_fsdp_run_on_the_cpu(args)
-    trainer = Trainer(
+    trainer = trainer_cls(
         model=tiny_llama(),
         args=args,
         train_dataset=RandomTokens(rows=STEPS * 2 * GLOBAL_BATCH),
@@ -96,6 +102,7 @@ def result_of(trainer: Trainer) -> dict:
             for param, state in optimizer.state.items()
         },
         "statistics": optimizer.statistics,
+        "decay_steps": {group["decay_steps"] for group in optimizer.param_groups},
         "sharded": sorted(name for param, name in names.items() if isinstance(param, DTensor)),
     }
 

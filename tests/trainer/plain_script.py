@@ -35,11 +35,18 @@ def main():
     trainer = Trainer(LlamaForCausalLM(config), args, train_dataset=Rows())
     trainer.train()
     trainer.save_state()
-    print("argv0", os.path.basename(sys.argv[0]))
-    print("path0", os.path.basename(sys.path[0]))
-    print("optimizer", type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__)
-    print("parameters", type(next(trainer.model.parameters())).__name__)
-    print("layers", *sorted({type(m).__name__ for m in trainer.model.modules() if isinstance(m, torch.nn.Linear)}))
+    layers = {type(m).__name__ for m in trainer.model.modules() if isinstance(m, torch.nn.Linear)}
+    report = {
+        "argv0": os.path.basename(sys.argv[0]),
+        "path0": os.path.basename(sys.path[0]),
+        "optimizer": type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__,
+        "parameters": type(next(trainer.model.parameters())).__name__,
+        "layers": " ".join(
+            sorted({type(m).__name__ for m in trainer.model.modules() if isinstance(m, torch.nn.Linear)})
+        ),
+    }
+    # In one piece: several processes write to the same place.
+    sys.stdout.write("".join(f"{name} {value}\n" for name, value in report.items()))
 
 
 if __name__ == "__main__":

@@ -135,8 +135,8 @@ def test_under_accelerate(tmp_path, configured, target, use_cpu, parameters):
         python=(*ACCELERATE, *map(str, configured), "--main_process_port", "0", "-m", "hf_stablespam"),
         flags={"per_device_train_batch_size": 2, "use_cpu": use_cpu},
     )
-    expected = f"optimizer StableSPAM\nparameters {parameters}\nlayers FourBitLinear Linear\n"
-    assert printed.count(expected) == 2
+    assert printed.count(f"optimizer StableSPAM\nparameters {parameters}\nlayers ") == 2
+    assert printed.count("FourBitLinear") == 2
     assert printed.count("distributed FSDP\n") == (2 if parameters == "DTensor" else 0)
     assert all(row["gradients/norm"] > 0 for row in rows)
 
