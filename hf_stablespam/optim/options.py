@@ -122,8 +122,8 @@ def check_stable_spam(options: dict[str, Any]) -> None:
     """
     check_learning_rate(options["lr"])
     check_beta_pair("betas", options["betas"], "; Adam's are (0.9, 0.999)")
-    check_at_least_zero("eps", options["eps"])
-    check_at_least_zero("weight_decay", options["weight_decay"])
+    check_at_least_zero("eps", options["eps"], "; 1e-8 is Adam's")
+    check_at_least_zero("weight_decay", options["weight_decay"], "; 0 switches it off")
     _check_optional(check_beta, "clip_beta", options["clip_beta"], "clipping")
     _check_optional(check_beta_pair, "norm_betas", options["norm_betas"], "normalising")
     _check_optional(check_interval, "reset_interval", options["reset_interval"], "resets")

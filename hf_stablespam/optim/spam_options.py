@@ -22,8 +22,8 @@ def check_spam(options: dict[str, Any]) -> None:
     """
     check_learning_rate(options["lr"])
     check_beta_pair("betas", options["betas"], "; Adam's are (0.9, 0.999)")
-    check_at_least_zero("eps", options["eps"])
-    check_at_least_zero("weight_decay", options["weight_decay"])
+    check_at_least_zero("eps", options["eps"], "; 1e-8 is Adam's")
+    check_at_least_zero("weight_decay", options["weight_decay"], "; 0 switches it off")
     if options["threshold"] is not None:
         check_above_zero("threshold", options["threshold"], "; None switches clipping off")
     check_count("clip_delay", options["clip_delay"])

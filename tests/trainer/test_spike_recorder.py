@@ -234,12 +234,11 @@ def test_beside_the_other_callbacks(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": 0}, "keep must be an integer of at least 1, got 0; 1000 is usual"),
         ({"keep": 2.5}, "keep must be an integer of at least 1, got 2.5; 1000 is usual"),
-        ({"above": 1}, "above must be a finite number above 1, got 1; 10 is usual"),
         ({"above": float("nan")}, "above must be a finite number above 1, got nan; 10 is usual"),
     ],
 )
 def test_bad_arguments(options, message):
+    """Beside those of `test_wrong_uses.py`."""
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         SpikeRecorder(**options)

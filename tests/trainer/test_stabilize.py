@@ -79,21 +79,3 @@ def test_the_trainers_own_clipping_is_warned_of(tmp_path, caplog):
             tmp_path, callbacks=[StabilizeCallback()], optim="adamw_torch", max_grad_norm=1.0, max_steps=1
         ).train()
     assert "max_grad_norm=1.0 clips the whole gradient before" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("callbacks", "optim", "error", "message"),
-    [
-        ([StabilizeCallback()], "stable_spam", TypeError, "clip and normalise by itself, got StableSPAM"),
-        ([StabilizeCallback(), StabilizeCallback(eps=1e-6)], "sgd", ValueError, "must not be stabilised twice"),
-    ],
-    ids=["stable_spam", "twice"],
-)
-def test_optimizers_that_it_refuses(tmp_path, callbacks, optim, error, message):
-    with pytest.raises(error, match=message):
-        tiny_trainer(tmp_path, callbacks=callbacks, optim=optim).train()
-
-
-def test_bad_arguments_are_errors_when_it_is_made():
-    with pytest.raises(ValueError, match=r"clip_beta must be in \[0, 1\), got 1"):
-        StabilizeCallback(clip_beta=1)
