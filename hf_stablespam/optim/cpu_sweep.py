@@ -143,7 +143,8 @@ def _search(values: Tensor, threshold: float, side: int, first: int) -> list[Spi
 
 def _above(values: Tensor, threshold: float, side: int) -> list[int]:
     """Where values are above a threshold, or (side −1) below its negative."""
-    values = values.to(torch.promote_types(values.dtype, torch.float32))  # else the threshold would be rounded
+    if values.dtype in (torch.bfloat16, torch.float16):
+        values = values.float()  # else the threshold would be rounded
     above = values > threshold if side > 0 else values < -threshold
     return above.nonzero().view(-1).tolist()
 

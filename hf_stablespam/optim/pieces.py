@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 PIECE = 1 << 18  # entries of scratch memory: 1 MiB of float32
-LONG = 1 << 22  # entries that one operation reads twice: larger ones would leave the cache in between
+LONG = 1 << 21  # entries that one operation reads after another: more would leave the cache in between
 
 
 class Scratch:
