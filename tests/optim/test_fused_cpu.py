@@ -66,6 +66,24 @@ def test_large_tensors_are_updated_directly():
         torch.testing.assert_close(state[name] * state[f"{name}_scale"], by_loop[name], rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spikes", [1, 5, cpu_sweep.MANY, cpu_sweep.MANY + 1, 37 * 21 // 2], ids="{} spikes".format)
+def test_few_and_many_spikes_are_counted_and_clipped_as_by_the_loop(update, spikes, dtype):
+    params, twins = parameters((37, 21), dtype=dtype), parameters((37, 21), dtype=dtype)
+    rows = gradients(params, 8)
+    for row in rows[3::2]:
+        places = torch.randperm(37 * 21, generator=torch.Generator().manual_seed(spikes))[:spikes]
+        row[0].view(-1)[places] = (torch.arange(spikes) % 3 + 1).to(dtype) * (-1) ** torch.arange(spikes)
+    optimizer, loop = (StableSPAM(ps, lr=1e-2, fused=fused) for ps, fused in ((params, True), (twins, False)))
+    for row in rows:
+        train(params, [row], optimizer)
+        train(twins, [row], loop)
+        for name in ("clipped", "stable_norm", "clip_threshold"):
+            torch.testing.assert_close(optimizer.statistics[name], loop.statistics[name], rtol=1e-5, atol=0)
+    rtol, atol = TOLERANCE[dtype]
+    torch.testing.assert_close(params[0], twins[0], rtol=rtol, atol=10 * atol)
+
+
 @pytest.mark.parametrize("values", ["zeros", "tiny", "all spikes", "one sign"])
 def test_unusual_gradients_follow_the_reference(update, values):
     params = parameters((37, 21), dtype=torch.float64)
