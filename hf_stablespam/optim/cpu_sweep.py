@@ -44,7 +44,7 @@ class Limits(NamedTuple):
 class Spike(NamedTuple):
     """An entry above the threshold."""
 
-    place: int  # index in the flattened gradient
+    entry: Tensor  # 0-dimensional, a view of the gradient
     value: float
 
 
@@ -103,16 +103,14 @@ def clip(measured: Measured, limits: Limits, scratch: Scratch) -> Clipped:
 def find_spikes(measured: Measured, threshold: float) -> list[Spike] | None:
     """The entries above the threshold; ``None`` if they are many."""
     found: list[Spike] = []
-    first = 0
     for part in measured.parts:
         for side, extreme in ((1, part.high), (-1, part.low)):
             if side * extreme > threshold and len(found) <= MANY:
-                found += _search(part.grad, threshold, side, first)
-        first += part.grad.numel()
+                found += _search(part.grad, threshold, side)
     return found if len(found) <= MANY else None
 
 
-def _search(values: Tensor, threshold: float, side: int, first: int) -> list[Spike]:
+def _search(values: Tensor, threshold: float, side: int) -> list[Spike]:
     """The entries of one sign above the threshold.
 
     The maxima of blocks say in which blocks they are, and only these blocks are read again.
@@ -121,21 +119,19 @@ def _search(values: Tensor, threshold: float, side: int, first: int) -> list[Spi
         values: a vector.
         threshold: ``T̂``.
         side: 1 for positive entries, −1 for negative ones.
-        first: the index of the first entry in the gradient.
 
     Returns:
         All of them, or more than ``MANY``.
     """
     whole = values.numel() - values.numel() % BLOCK
-    starts = [whole] if whole < values.numel() else []
+    blocks = [values[whole:]] if whole < values.numel() else []
     if whole:
-        blocks = values[:whole].view(-1, BLOCK)
-        rows = _above(blocks.amax(1) if side > 0 else blocks.amin(1), threshold, side)
-        starts = [row * BLOCK for row in rows] + starts
+        rows = values[:whole].view(-1, BLOCK)
+        blocks += [rows[row] for row in _above(rows.amax(1) if side > 0 else rows.amin(1), threshold, side)]
     found: list[Spike] = []
-    for start in starts:
-        block = values[start : start + BLOCK]
-        found += [Spike(first + start + i, block[i].item()) for i in _above(block, threshold, side)[: MANY + 1]]
+    for block in blocks:
+        entries = [block[index] for index in _above(block, threshold, side)[: MANY + 1]]
+        found += [Spike(entry, entry.item()) for entry in entries]
         if len(found) > MANY:
             break
     return found
@@ -146,7 +142,7 @@ def _above(values: Tensor, threshold: float, side: int) -> list[int]:
     if values.dtype in (torch.bfloat16, torch.float16):
         values = values.float()  # else the threshold would be rounded
     above = values > threshold if side > 0 else values < -threshold
-    return above.nonzero().view(-1).tolist()
+    return [index for (index,) in above.nonzero().tolist()]
 
 
 def clip_copy(values: Tensor, limits: Limits) -> Tensor:
@@ -157,16 +153,15 @@ def clip_copy(values: Tensor, limits: Limits) -> Tensor:
 
 
 @contextmanager
-def clipped_for_a_while(flat: Tensor, spikes: list[Spike], ratio: float) -> Iterator[None]:
+def clipped_for_a_while(spikes: list[Spike], ratio: float) -> Iterator[None]:
     """Clip the gradient's spikes, and leave the gradient exactly as it was."""
-    entries = [flat[spike.place] for spike in spikes]
     try:
-        for entry, spike in zip(entries, spikes, strict=True):
-            entry.fill_(spike.value * ratio)
+        for entry, value in spikes:
+            entry.fill_(value * ratio)
         yield
     finally:
-        for entry, spike in zip(entries, spikes, strict=True):
-            entry.fill_(spike.value)
+        for entry, value in spikes:
+            entry.fill_(value)
 
 
 def _largest(parts: list[Part]) -> float:

@@ -55,8 +55,7 @@ def _step_one(
 ) -> tuple[float, float, Clipping, int, float, Plan]:
     """Update a tensor and its state; return what `step_statistics` takes."""
     old = Trackers(*[state[name].item() for name in Trackers._fields])
-    flat = flat_view(grad)
-    measured = measure(flat, scratch)
+    measured = measure(flat_view(grad), scratch)
     clipping = plan_clipping(old, measured.grad_max, options)
     limits = Limits(_rounded(clipping.threshold, scratch.dtype), clipping.ratio)
     clipped = clip(measured, limits, scratch)
@@ -67,7 +66,7 @@ def _step_one(
         coefficients = direct_coefficients(measured.grad_max, plan, options) if in_full else None
         if coefficients is not None and clipped.spikes is not None:
             _store(state, old, plan.trackers._replace(**scales_to_keep(param, coefficients)))
-            with clipped_for_a_while(flat, clipped.spikes, limits.ratio):
+            with clipped_for_a_while(clipped.spikes, limits.ratio):
                 direct_update(param, grad, state, coefficients, plan, options)
         else:
             _store(state, old, plan.trackers)
