@@ -27,7 +27,7 @@ def scratch_update(
         options: the parameter group.
         scratch: working memory.
     """
-    factor = min(plan.factor, torch.finfo(scratch.dtype).max)
+    factor = min(plan.factor, scratch.largest)
     tensors = (grad, param.detach(), state["exp_avg"], state["exp_avg_sq"])
     for piece, *stored in zip(*(cut(flat_view(tensor), PIECE) for tensor in tensors), strict=True):
         work = scratch.copied("grad", piece)

@@ -1,8 +1,6 @@
 """One gradient on the CPU measured and clipped: maximum and norm, before and after clipping, without a copy of it."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -64,23 +62,24 @@ def measure(flat: Tensor, scratch: Scratch) -> Measured:
         scratch: working memory; its dtype is that of the statistics.
     """
     parts = []
+    grad_max = square = 0.0
     for grad in cut(flat, LONG if flat.dtype == scratch.dtype else PIECE):
         values = scratch.widened("grad", grad)
         low, high = torch.aminmax(values)
         parts.append(Part(grad, low.item(), high.item(), _square(values)))
-    square = sum(part.square for part in parts)
-    if not square <= torch.finfo(scratch.dtype).max:
-        return Measured(flat, parts, math.nan if math.isnan(square) else _largest(parts), square * math.inf)
-    if 0 < _largest(parts) < TINY:
-        return Measured(flat, parts, _largest(parts), _careful_square(flat.to(scratch.dtype), _largest(parts)))
-    return Measured(flat, parts, _largest(parts), square)
+        grad_max = max(grad_max, parts[-1].high, -parts[-1].low)
+        square += parts[-1].square
+    if not square <= scratch.largest:
+        return Measured(flat, parts, math.nan if math.isnan(square) else grad_max, square * math.inf)
+    if 0 < grad_max < TINY:
+        square = _careful_square(flat.to(scratch.dtype), grad_max)
+    return Measured(flat, parts, grad_max, square)
 
 
 def clip(measured: Measured, limits: Limits, scratch: Scratch) -> Clipped:
     """Find the entries above the threshold; the gradient stays as it is.
 
-    An ordinary step has one in every second tensor, and Python takes them one by one: a tensor operation costs more
-    than all the numbers of a block, because the gradient has just driven its code out of the cache.
+    In an ordinary step every second tensor has one or two, so they are clipped one by one.
 
     Args:
         measured: the gradient, from `measure`.
@@ -152,20 +151,10 @@ def clip_copy(values: Tensor, limits: Limits) -> Tensor:
     return spikes
 
 
-@contextmanager
-def clipped_for_a_while(spikes: list[Spike], ratio: float) -> Iterator[None]:
-    """Clip the gradient's spikes, and leave the gradient exactly as it was."""
-    try:
-        for entry, value in spikes:
-            entry.fill_(value * ratio)
-        yield
-    finally:
-        for entry, value in spikes:
-            entry.fill_(value)
-
-
-def _largest(parts: list[Part]) -> float:
-    return max(max(part.high, -part.low) for part in parts)
+def scale_spikes(spikes: list[Spike], ratio: float) -> None:
+    """Clip the gradient's spikes, or (by a ratio of 1) put them back exactly as they were."""
+    for entry, value in spikes:
+        entry.fill_(value * ratio)
 
 
 def _careful_square(values: Tensor, grad_max: float) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_stablespam.optim.cpu_direct import direct_coefficients, direct_update, scales_to_keep
 from hf_stablespam.optim.cpu_scratch import scratch_update
-from hf_stablespam.optim.cpu_sweep import Limits, clip, clipped_for_a_while, measure
+from hf_stablespam.optim.cpu_sweep import Limits, clip, measure, scale_spikes
 from hf_stablespam.optim.pieces import Scratch, flat_view
 from hf_stablespam.optim.plan import (
     Batch,
@@ -66,8 +66,11 @@ def _step_one(
         coefficients = direct_coefficients(measured.grad_max, plan, options) if in_full else None
         if coefficients is not None and clipped.spikes is not None:
             _store(state, old, plan.trackers._replace(**scales_to_keep(param, coefficients)))
-            with clipped_for_a_while(clipped.spikes, limits.ratio):
+            try:
+                scale_spikes(clipped.spikes, limits.ratio)
                 direct_update(param, grad, state, coefficients, plan, options)
+            finally:
+                scale_spikes(clipped.spikes, 1)
         else:
             _store(state, old, plan.trackers)
             scratch_update(param, grad, state, limits if clipped.entries else None, plan, options, scratch)

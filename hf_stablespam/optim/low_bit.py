@@ -84,7 +84,7 @@ def zero_moments(shape: torch.Size, bits: int, device: torch.device) -> dict[str
 
 def is_low_bit(moment: Tensor) -> bool:
     """Whether a moment is stored in 8 or 4 bits."""
-    return hasattr(moment, "codes")
+    return type(moment) is not Tensor and hasattr(moment, "codes")
 
 
 def read(moment: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ class Scratch:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self.largest = torch.finfo(dtype).max
         self._memory: dict[str, Tensor] = {}
 
     def take(self, role: str, entries: int) -> Tensor:

@@ -25,5 +25,5 @@ def cosine_decay(step: Number, decay_steps: int | None, decay_floor: float) -> N
     if decay_steps is None:
         return 1.0
     period = decay_steps + 1
-    cosine = cos(at_most(step, period) * (math.pi / period))
+    cosine = cos(at_most(step, float(period)) * (math.pi / period))
     return decay_floor + (1 - decay_floor) * (1 + cosine) / 2
