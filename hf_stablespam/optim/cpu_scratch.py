@@ -7,14 +7,21 @@ piece, and rounded once when they go back.
 import torch
 from torch import Tensor
 
-from hf_stablespam.optim.cpu_sweep import Limits, clip_copy
+from hf_stablespam.optim.cpu_sweep import Limits, Spike, clip_copy
 from hf_stablespam.optim.pieces import PIECE, Scratch, cut, flat_view
 from hf_stablespam.optim.plan import Options, Plan, State
 from hf_stablespam.optim.rounding import store
 
 
 def scratch_update(
-    param: Tensor, grad: Tensor, state: State, limits: Limits | None, plan: Plan, options: Options, scratch: Scratch
+    param: Tensor,
+    grad: Tensor,
+    state: State,
+    spikes: list[Spike] | None,
+    limits: Limits,
+    plan: Plan,
+    options: Options,
+    scratch: Scratch,
 ) -> None:
     """Update one tensor; its gradient is not changed.
 
@@ -22,17 +29,18 @@ def scratch_update(
         param: ``w``.
         grad: ``g``, not clipped.
         state: with the moments; the counters are already this step's.
-        limits: threshold and ratio, or ``None`` where nothing is to be clipped.
+        spikes: what is to be clipped, or ``None`` where it has to be found once more.
+        limits: threshold and ratio.
         plan: this step's plan.
         options: the parameter group.
         scratch: working memory.
     """
     factor = min(plan.factor, scratch.largest)
+    start = 0
     tensors = (grad, param.detach(), state["exp_avg"], state["exp_avg_sq"])
     for piece, *stored in zip(*(cut(flat_view(tensor), PIECE) for tensor in tensors), strict=True):
         work = scratch.copied("grad", piece)
-        if limits is not None:
-            clip_copy(work, limits)
+        clip_copy(work, start, spikes, limits)
         roles = ("weight", "exp_avg", "exp_avg_sq")
         weight, exp_avg, exp_avg_sq = (scratch.widened(*pair) for pair in zip(roles, stored, strict=True))
         if (plan.carry, plan.carry_sq) != (1, 1):
@@ -44,6 +52,7 @@ def scratch_update(
         if stored[1] is not exp_avg:
             stored[1].copy_(exp_avg)
             stored[2].copy_(exp_avg_sq)
+        start += piece.numel()
 
 
 def _adamw(

@@ -42,6 +42,7 @@ class Limits(NamedTuple):
 class Spike(NamedTuple):
     """An entry above the threshold."""
 
+    place: int  # index in the flattened gradient
     entry: Tensor  # 0-dimensional, a view of the gradient
     value: float
 
@@ -102,14 +103,16 @@ def clip(measured: Measured, limits: Limits, scratch: Scratch) -> Clipped:
 def find_spikes(measured: Measured, threshold: float) -> list[Spike] | None:
     """The entries above the threshold; ``None`` if they are many."""
     found: list[Spike] = []
+    first = 0
     for part in measured.parts:
         for side, extreme in ((1, part.high), (-1, part.low)):
             if side * extreme > threshold and len(found) <= MANY:
-                found += _search(part.grad, threshold, side)
+                found += _search(part.grad, threshold, side, first)
+        first += part.grad.numel()
     return found if len(found) <= MANY else None
 
 
-def _search(values: Tensor, threshold: float, side: int) -> list[Spike]:
+def _search(values: Tensor, threshold: float, side: int, first: int) -> list[Spike]:
     """The entries of one sign above the threshold.
 
     The maxima of blocks say in which blocks they are, and only these blocks are read again.
@@ -118,19 +121,22 @@ def _search(values: Tensor, threshold: float, side: int) -> list[Spike]:
         values: a vector.
         threshold: ``T̂``.
         side: 1 for positive entries, −1 for negative ones.
+        first: the place of the first value in the gradient.
 
     Returns:
         All of them, or more than ``MANY``.
     """
     whole = values.numel() - values.numel() % BLOCK
-    blocks = [values[whole:]] if whole < values.numel() else []
+    starts = [whole] if whole < values.numel() else []
     if whole:
         rows = values[:whole].view(-1, BLOCK)
-        blocks += [rows[row] for row in _above(rows.amax(1) if side > 0 else rows.amin(1), threshold, side)]
+        starts += [row * BLOCK for row in _above(rows.amax(1) if side > 0 else rows.amin(1), threshold, side)]
     found: list[Spike] = []
-    for block in blocks:
-        entries = [block[index] for index in _above(block, threshold, side)[: MANY + 1]]
-        found += [Spike(entry, entry.item()) for entry in entries]
+    for start in starts:
+        block = values[start : start + BLOCK]
+        for index in _above(block, threshold, side)[: MANY + 1]:
+            entry = block[index]
+            found.append(Spike(first + start + index, entry, entry.item()))
         if len(found) > MANY:
             break
     return found
@@ -144,17 +150,34 @@ def _above(values: Tensor, threshold: float, side: int) -> list[int]:
     return [index for (index,) in above.nonzero().tolist()]
 
 
-def clip_copy(values: Tensor, limits: Limits) -> Tensor:
-    """Clip a copy of a piece of the gradient in place; return a vector that is zero where nothing was clipped."""
-    spikes = torch.nn.functional.hardshrink(values, limits.threshold)
-    values.sub_(spikes).add_(spikes, alpha=limits.ratio)
-    return spikes
-
-
 def scale_spikes(spikes: list[Spike], ratio: float) -> None:
     """Clip the gradient's spikes, or (by a ratio of 1) put them back exactly as they were."""
-    for entry, value in spikes:
-        entry.fill_(value * ratio)
+    for spike in spikes:
+        spike.entry.fill_(spike.value * ratio)
+
+
+def clip_copy(work: Tensor, start: int, spikes: list[Spike] | None, limits: Limits) -> None:
+    """Clip a copy of a piece of the gradient.
+
+    Args:
+        work: the copy, which is changed.
+        start: the place of its first entry in the gradient.
+        spikes: those of the gradient, if they are known one by one.
+        limits: threshold and ratio.
+    """
+    if spikes is None:
+        clip_all(work, limits)
+        return
+    for spike in spikes:
+        if start <= spike.place < start + work.numel():
+            work[spike.place - start] = spike.value * limits.ratio
+
+
+def clip_all(work: Tensor, limits: Limits) -> Tensor:
+    """Clip a vector that may be changed; return one that is zero where nothing was clipped."""
+    spikes = torch.nn.functional.hardshrink(work, limits.threshold)
+    work.sub_(spikes).add_(spikes, alpha=limits.ratio)
+    return spikes
 
 
 def _careful_square(values: Tensor, grad_max: float) -> float:
@@ -166,10 +189,10 @@ def _square(values: Tensor) -> float:
 
 
 def _clip_copies(measured: Measured, limits: Limits, scratch: Scratch) -> Clipped:
-    """Count and measure what is clipped on copies of pieces, where there are many spikes or few bits."""
+    """Count and measure what is clipped on copies of pieces, where there are many spikes or nothing else."""
     square, entries = 0.0, 0
     for grad in cut(measured.flat, PIECE):
         values = scratch.copied("grad", grad)
-        entries += int(clip_copy(values, limits).count_nonzero())
+        entries += int(clip_all(values, limits).count_nonzero())
         square += _square(values)
     return Clipped(None, entries, square)

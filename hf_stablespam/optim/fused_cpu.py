@@ -73,7 +73,7 @@ def _step_one(
                 scale_spikes(clipped.spikes, 1)
         else:
             _store(state, old, plan.trackers)
-            scratch_update(param, grad, state, limits if clipped.entries else None, plan, options, scratch)
+            scratch_update(param, grad, state, clipped.spikes, limits, plan, options, scratch)
     return grad_norm, measured.grad_max, clipping, clipped.entries, norm, plan
 
 
