@@ -126,10 +126,11 @@ def _search(values: Tensor, threshold: float, side: int, first: int) -> list[Spi
     Returns:
         All of them, or more than ``MANY``.
     """
-    whole = values.numel() - values.numel() % BLOCK
-    starts = [whole] if whole < values.numel() else []
-    if whole:
-        rows = values[:whole].view(-1, BLOCK)
+    entries = values.numel()
+    rest = entries % BLOCK
+    starts = [entries - rest] if rest else []
+    if entries > rest:
+        rows = (values[: entries - rest] if rest else values).view(-1, BLOCK)
         starts += [row * BLOCK for row in _above(rows.amax(1) if side > 0 else rows.amin(1), threshold, side)]
     found: list[Spike] = []
     for start in starts:
