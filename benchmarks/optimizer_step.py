@@ -32,6 +32,7 @@ SIZES = {
     "1b": (32000, 2048, 5461, 18),
 }
 BASE, CLIPPED = "AdamW(fused)", "clip_grad_norm_ + AdamW(fused)"
+WRITES_GRADIENTS = {"pytorch_optimizer.StableSPAM"}  # into those that all share: it gets some of its own
 
 
 def llama_shapes(vocabulary: int, width: int, inner: int, layers: int) -> list[tuple[int, ...]]:
@@ -150,7 +151,11 @@ def measure(size: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     options = {"generator": generator, "device": arguments.device}
     rows = [[(torch.randn(s, **options) * 1e-3).to(dtype) for s in shapes] for _ in range(arguments.gradients)]
     makers = contestants(arguments, rank=SIZES[size][1] // 4)
-    all_of_them = {name: Contestant(make, shapes, rows, clip) for name, (make, clip) in makers.items()}
+    own = [[grad.clone() for grad in row] for row in rows] if WRITES_GRADIENTS & set(makers) else []
+    all_of_them = {
+        name: Contestant(make, shapes, own if name in WRITES_GRADIENTS else rows, clip)
+        for name, (make, clip) in makers.items()
+    }
     seconds = interleaved({name: one.step for name, one in all_of_them.items()}, arguments.repeats)
     medians = {name: quantile(values, 0.5) for name, values in seconds.items()}
     numbers = sum(grad.numel() for grad in rows[0])
