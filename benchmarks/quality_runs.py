@@ -34,6 +34,7 @@ from tests.reference.official_stable_spam import OfficialStableSPAM
 
 EVALUATIONS = 20  # along each run, on a few blocks: how fast the loss falls
 CURVE_BLOCKS, FINAL_BLOCKS = 64, 256
+HEADERS = ("c10", "torch", "pybind11", "google", "fmt")  # folders of torch/include
 STANDARD_LIBRARY, TORCH_HEADERS = "standard_library", "torch_headers"
 
 
@@ -221,10 +222,9 @@ def data_for(name: str, model_size: str, block_size: int) -> tuple[Dataset, Data
     return load_data(data, model, seed=42)
 
 
-def torch_headers(vocab_size: int) -> Corpus:
+def torch_headers(vocab_size: int, folders: tuple[str, ...] = HEADERS) -> Corpus:
     """The C++ headers that come with torch, as a second text of another kind; generated tables are left out."""
     root = Path(torch.__file__).parent / "include"
-    folders = ("c10", "torch", "pybind11", "google", "fmt")
     paths = sorted(path for folder in folders for path in root.glob(f"{folder}/**/*.h*"))
     documents = [
         (path.relative_to(root).as_posix(), path.read_text(encoding="utf-8", errors="replace"))
