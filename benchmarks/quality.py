@@ -4,7 +4,7 @@
     python benchmarks/quality.py --studies pairs formats      # run what is missing of two of them
     python benchmarks/quality.py --part 1/2                   # everything, every second run: the other half elsewhere
     python benchmarks/quality.py --table                      # run nothing, print what is on record
-    python benchmarks/quality.py --studies pairs --model_size 60m --data allenai/c4 --steps 10000 --bf16
+    python benchmarks/quality.py --studies at_scale --model_size 60m --data allenai/c4 --steps 10000 --bf16
 
 Each finished run is appended to results/quality.csv at once, and runs that are there are not repeated: stop it when
 you like and go on later. A run of 500 steps of the demo's model (1.3 million parameters, 16 × 128 tokens a step) takes
@@ -16,7 +16,7 @@ import csv
 import sys
 import zlib
 from collections.abc import Iterator
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import torch
@@ -25,10 +25,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import _record
 from benchmarks.quality_runs import STANDARD_LIBRARY, Run
-from benchmarks.quality_studies import STUDIES, Record
+from benchmarks.quality_studies import AT_SCALE_RATE, ON_CPU, STUDIES, Record
 from benchmarks.quality_tables import tables
 
 NAME = "quality"
+TRIAL_STEPS = 10
 
 
 def read_record() -> Record:
@@ -80,9 +81,17 @@ def work(studies: list[str], base: Run, part: int, parts: int, at_most: int | No
     return made
 
 
+def steps_within(minutes: float, base: Run) -> int:
+    """Steps that the slowest setting of `at_scale` makes in so many minutes, by a trial of a few."""
+    trial = replace(base, steps=TRIAL_STEPS, learning_rate=AT_SCALE_RATE).train()
+    steps = int(60 * minutes / trial["seconds_per_step"])
+    print(f"{trial['seconds_per_step']} s a step: {steps} steps in {minutes:g} minutes", flush=True)
+    return max(steps, 1)
+
+
 def parse(command_line: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="default: all")
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=ON_CPU, help="default: all but at_scale")
     parser.add_argument("--steps", type=int, default=500, help="update steps of each run")
     parser.add_argument("--model_size", default="tiny", help="as in examples/pretrain.py")
     parser.add_argument("--data", default=STANDARD_LIBRARY, help="standard_library, torch_headers, or a data set")
@@ -91,6 +100,10 @@ def parse(command_line: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
     parser.add_argument("--part", type=part_of, default=(1, 1), help="such as 1/2: only the first half of the runs")
     parser.add_argument("--at_most", type=int, default=None, help="stop after so many runs")
+    parser.add_argument(
+        "--minutes", type=float, help="as many steps as a run of so many minutes has, instead of --steps"
+    )
+    parser.add_argument("--results", type=Path, help="folder of the CSV file; default: the committed one")
     parser.add_argument("--list", action="store_true", help="run nothing, say what is to do")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is on record")
     return parser.parse_args(command_line)
@@ -98,8 +111,11 @@ def parse(command_line: list[str] | None) -> argparse.Namespace:
 
 def main(command_line: list[str] | None = None) -> None:
     options = parse(command_line)
+    _record.RESULTS = options.results or _record.RESULTS
     names = ("steps", "data", "model_size", "batch_size", "block_size", "bf16")
     base = Run("stable_spam", "int4", 3e-3, **{name: getattr(options, name) for name in names})
+    if options.minutes is not None:
+        base = replace(base, steps=steps_within(options.minutes, base))
     if options.list:
         record = read_record()
         for name in options.studies:

@@ -6,17 +6,20 @@ run at the learning rate at which it did best.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.quality_runs import METHODS, TORCH_HEADERS, Run
+from benchmarks.quality_methods import METHODS
+from benchmarks.quality_runs import TORCH_HEADERS, Run
 
 Record = Mapping[Run, dict[str, Any]]
 SEEDS = (42, 43, 44)
 HELD_OUT_SEEDS = (45, 46, 47)
 DEFAULT_RATE = 3e-3
+AT_SCALE_RATE = 1e-3  # the paper's for 60M and 130M
 SWEPT = ("adamw_clipped", "stable_spam", "adamw", "spam", "adafactor", "lion")
 # what exports and reloads plainly
 EXPORTABLE = ("int4", "int4_no_outliers", "int4_asym", "mxfp4", "nvfp4", "nvfp4_4or6")
@@ -116,6 +119,7 @@ CANDIDATES = (
     "stable_spam_floor75",
     "stable_spam_clip99",
 )
+STEPS_RATES = (1e-3, 3e-3, 1e-2)
 BASELINES = ("adamw_clipped", "adamw_clipped_beta95", "adamw", "adamw_beta95")
 
 
@@ -136,14 +140,20 @@ def steps(base: Run, record: Record) -> Iterator[Run]:
     """How many steps Stable-SPAM needs to AdamW's final loss in 4 bits, everyone at its best."""
     own = replace(base, precision="int4")
     for method in ("stable_spam", *BASELINES):
-        rates = (1e-3, 3e-3, 1e-2)
-        yield from (replace(own, method=method, learning_rate=rate) for rate in rates)
-        rate = best_rate(record, replace(own, method=method), rates)
+        yield from (replace(own, method=method, learning_rate=rate) for rate in STEPS_RATES)
+        rate = best_rate(record, replace(own, method=method), STEPS_RATES)
         if rate is not None:
             yield from over_seeds(replace(own, method=method, learning_rate=rate))
 
 
+def at_scale(base: Run, record: Record) -> Iterator[Run]:
+    """What a larger model costs and gains: AdamW with clipping and Stable-SPAM, in full precision and INT4."""
+    for method, name in itertools.product(("adamw_clipped", "stable_spam"), ("full", "int4")):
+        yield replace(base, method=method, precision=name, learning_rate=AT_SCALE_RATE)
+
+
 STUDIES: dict[str, Callable[[Run, Record], Iterator[Run]]] = {
     study.__name__: study
-    for study in (pairs, formats, relatives, states, sweep, precision, steps, ablation, resets, candidates)
+    for study in (pairs, formats, relatives, states, sweep, precision, steps, ablation, resets, candidates, at_scale)
 }
+ON_CPU = tuple(name for name in STUDIES if name != "at_scale")

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import _record, quality, quality_runs, quality_tables
-from benchmarks.quality_runs import METHODS, PRECISIONS, Run
-from benchmarks.quality_studies import STUDIES, best_rate
+from benchmarks import _record, quality, quality_plots, quality_runs, quality_tables
+from benchmarks.quality_methods import METHODS, PRECISIONS
+from benchmarks.quality_runs import Run
+from benchmarks.quality_studies import ON_CPU, STUDIES, best_rate
 
 BASE = Run("stable_spam", "int4", 3e-3)
 TINY = ["--steps", "2", "--batch_size", "2", "--block_size", "16"]
@@ -90,7 +91,7 @@ def test_a_divergence_is_a_row_as_well(made):
 
 def test_the_list_names_every_study(made, capsys):
     quality.main(["--list"])
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(STUDIES)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(ON_CPU)
 
 
 def test_every_study_asks_for_known_methods_and_precisions(made):
@@ -129,3 +130,30 @@ def test_the_second_text_is_another(tmp_path, monkeypatch):
     corpus = quality_runs.torch_headers(300, ("c10",))
     assert "#include" in corpus.tokenizer.decode(corpus.train[:3000].tolist())
     assert len(corpus.validation) > 1_000
+
+
+def test_the_first_step_below_a_loss_is_interpolated():
+    points = [(10, 5.0), (20, 4.0), (30, 3.0)]
+    assert quality_tables.steps_to(4.5, points) == 15
+    assert quality_tables.steps_to(6.0, points) == 10
+    assert math.isinf(quality_tables.steps_to(2.0, points))
+
+
+def test_the_share_of_steps_to_each_adamw(made):
+    quality.main(["--studies", "steps"])
+    lines = quality_tables.steps_table(BASE, quality.read_record()).splitlines()[2:]
+    assert lines[0] == "| `adamw_clipped` | 0.003 | 1.00 | 1.00, 1.00, 1.00 |"
+    assert len(lines) == 4
+
+
+def test_minutes_become_steps(made, monkeypatch, tmp_path):
+    monkeypatch.setattr(Run, "train", lambda run: made.append(run) or {"seconds_per_step": 0.5, "eval_loss": 1.0})
+    assert quality.steps_within(2, BASE) == 240
+
+
+def test_the_figures_are_drawn_from_the_record(made, tmp_path):
+    quality.main(["--studies", "pairs", "sweep"])
+    quality_plots.main(["--output", str(tmp_path / "images")])
+    sizes = [path.stat().st_size for path in (tmp_path / "images").glob("*.png")]
+    assert len(sizes) == 2
+    assert min(sizes) > 10_000
