@@ -20,7 +20,7 @@ from benchmarks import outside_language
 from benchmarks.cost_on_paper import cost_table
 from benchmarks.quality import read_record
 from benchmarks.quality_runs import Run
-from benchmarks.quality_studies import ON_CPU
+from benchmarks.quality_studies import ON_CPU, STUDIES, Record
 from benchmarks.quality_tables import steps_table, table
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -28,10 +28,22 @@ PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BASE = Run("stable_spam", "int4", 3e-3)
 
 
+def study_table(name: str, record: Record) -> str:
+    """The table of a study, and how far it is where runs are missing."""
+    asked = dict.fromkeys(STUDIES[name](BASE, record))
+    done = sum(run in record for run in asked)
+    if not asked:
+        return "These runs follow when the learning rates are known."
+    if not done:
+        return f"None of the {len(asked)} runs is on record yet."
+    missing = f"So far {done} of {len(asked)} runs are on record.\n\n" if done < len(asked) else ""
+    return missing + table(name, BASE, record)
+
+
 def makers() -> dict[str, Callable[[], str]]:
     """Name of a table → how it is made."""
     record = read_record()
-    found: dict[str, Callable[[], str]] = {name: lambda name=name: table(name, BASE, record) for name in ON_CPU}
+    found: dict[str, Callable[[], str]] = {name: lambda name=name: study_table(name, record) for name in ON_CPU}
     found |= {"share-of-steps": lambda: steps_table(BASE, record), "cost": cost_table}
     errors = outside_language.read_record()
     for task in outside_language.TASKS:
