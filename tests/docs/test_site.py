@@ -131,10 +131,14 @@ def test_the_table_of_options_has_the_defaults_of_the_code():
         assert shown == {name: str(defaults[name]) for name in shown}
 
 
-def test_every_results_file_is_explained():
+def test_every_results_file_is_explained_with_the_script_that_writes_it():
     text = (DOCS / "evidence.md").read_text()
     for path in RESULTS.glob("*.csv"):
         assert f"`{path.name}`" in text, path.name
+    scripts = re.findall(r"`python (benchmarks/\S+)`", text)
+    assert scripts
+    for script in scripts:
+        assert Path(script).stem in (ROOT / script).read_text(), script  # the name of its results
 
 
 def test_the_bytes_of_the_memory_page_are_those_of_the_results():
