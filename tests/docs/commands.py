@@ -60,7 +60,7 @@ def commands_of(block: str) -> list[list[str]]:
 
 @contextlib.contextmanager
 def accelerate_as_found():
-    """TrainingArguments with --fsdp change the environment, and through it the state of the process."""
+    """TrainingArguments change the environment (--fsdp, --bf16), and through it the state of the process."""
     kept = [(state, dict(state._shared_state)) for state in (PartialState, AcceleratorState)]
     with mock.patch.dict(os.environ):
         yield
@@ -86,10 +86,11 @@ class Shell:
             AssertionError, ValueError, SystemExit: something in it is not so.
         """
         program, rest = Path(words[0]).name, words[1:]
-        if any(word.startswith("[") for word in rest):
-            self._usage(rest if program == "hf-stablespam" else rest[2:])
-        else:
-            getattr(self, "_" + program.replace("-", "_"))(rest)
+        with accelerate_as_found():
+            if any(word.startswith("[") for word in rest):
+                self._usage(rest if program == "hf-stablespam" else rest[2:])
+            else:
+                getattr(self, "_" + program.replace("-", "_"))(rest)
 
     def _git(self, rest: list[str]) -> None:
         assert rest == ["clone", "REPOSITORY"]
@@ -192,7 +193,7 @@ class Shell:
         parsers = {argparse.ArgumentParser: "parse_args", HfArgumentParser: "parse_args_into_dataclasses"}
         # TrainingArguments refuses --bf16 where it finds neither a GPU nor the wish for none.
         on_the_cpu = ["--use_cpu", "True"] if "HfArgumentParser" in Path(script).read_text() else []
-        with accelerate_as_found(), pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             for parser, method in parsers.items():
                 patch.setattr(parser, method, stopping(getattr(parser, method)))
             patch.setattr(sys, "argv", [script, *rest, *on_the_cpu])

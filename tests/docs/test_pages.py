@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, Tra
 
 import hf_stablespam
 from hf_stablespam import GradientNormCallback
-from tests.docs.commands import Shell, commands_of
+from tests.docs.commands import Shell, accelerate_as_found, commands_of
 from tests.docs.pages import PAGES, ROOT, UnknownLanguageError, parsed
 from tests.trainer.helpers import VOCABULARY, RandomTokens, arguments, tiny_llama
 
@@ -142,7 +142,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
     for name in ("examples", "benchmarks"):
         Path(name).symlink_to(ROOT / name)
-    return tmp_path
+    with accelerate_as_found():
+        yield tmp_path
 
 
 @pytest.mark.slow
