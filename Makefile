@@ -10,7 +10,7 @@ CONSTRAINTS_ARGS ?= -c constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo demo-short test lint types unit test-long test-versions docs docs-serve constraints clean
+.PHONY: help demo demo-short test lint types unit test-long test-versions evidence-smoke docs docs-serve constraints clean
 
 help:
 	@echo "make demo        three short pretrainings on the CPU: full precision, 4 bits, 4 bits with Stable-SPAM"
@@ -18,6 +18,7 @@ help:
 	@echo "make test        lint, types and all tests"
 	@echo "make test-long   the tests marked long: minutes to hours"
 	@echo "make test-versions  the Trainer's tests under each supported transformers, in environments of their own"
+	@echo "make evidence-smoke  repeat a small part of the committed evidence and compare, in minutes"
 	@echo "make docs        build the documentation into site/, a warning is an error; make docs-serve shows it"
 	@echo "make constraints resolve constraints.txt anew, with uv"
 	@echo "make clean       remove the virtual environment, caches and demo output"
@@ -69,6 +70,9 @@ docs: $(VENV)/.docs
 
 docs-serve: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+evidence-smoke: $(VENV)/.dev
+	$(BIN)/python benchmarks/evidence_smoke.py
 
 # What CUDA builds of torch bring along is left out: with a CPU build none of it is installed.
 constraints:
