@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -221,21 +221,36 @@ def work(tasks: list[str], steps: int, at_most: int | None) -> None:
         made += 1
 
 
+def at_best_rate(
+    task: str, severity: float, optimizer: str, record: dict[Run, float], steps: int
+) -> tuple[float, dict[int, float]]:
+    """The learning rate whose first seed erred least, and the error of each seed there."""
+    found = [run for run in record if astuple(run)[:3] == (task, severity, optimizer) and run.steps == steps]
+    first = [run for run in found if run.seed == SEEDS[0]]
+    if not first:
+        return math.nan, {}
+    rate = min(first, key=lambda run: record[run]).learning_rate
+    return rate, {run.seed: record[run] for run in found if run.learning_rate == rate}
+
+
 def table(task: str, record: dict[Run, float], steps: int) -> str:
-    """Severity by optimizer, each at the learning rate of its lowest mean error."""
-    errors: dict[tuple[float, str], dict[float, list[float]]] = {}
-    for run in dict.fromkeys(asked_for([task], steps, record)):
-        if run in record:
-            rates = errors.setdefault((run.severity, run.optimizer), {})
-            rates.setdefault(run.learning_rate, []).append(record[run])
+    """Severity by optimizer; each seed has its own data, so that it is compared with Adam's error on the same seed."""
     rows = []
-    for (severity, optimizer), rates in errors.items():
-        rate = min(rates, key=lambda rate: rates[rate][0])
-        values = rates[rate]
-        spread = statistics.stdev(values) if len(values) > 1 else math.nan
-        figures = (f"{rate:g}", str(len(values)), number(statistics.fmean(values), 4), number(spread, 4))
-        rows.append((f"{severity:g}", f"`{optimizer}`", *figures))
-    return markdown(("severity", "optimizer", "lr", "seeds", TASKS[task].measure, "± std"), rows)
+    for severity in SEVERITIES:
+        _, adam = at_best_rate(task, severity, "adam", record, steps)
+        for optimizer in OPTIMIZERS:
+            rate, errors = at_best_rate(task, severity, optimizer, record, steps)
+            if errors:
+                ratios = [error / adam[seed] for seed, error in errors.items() if adam.get(seed)]
+                figures = (f"{rate:g}", str(len(errors)), *_mean_and_spread([*errors.values()], 4))
+                rows.append((f"{severity:g}", f"`{optimizer}`", *figures, *_mean_and_spread(ratios, 2)))
+    return markdown(("severity", "optimizer", "lr", "seeds", TASKS[task].measure, "± std", "÷ Adam's", "± std"), rows)
+
+
+def _mean_and_spread(values: list[float], digits: int) -> tuple[str, str]:
+    mean = statistics.fmean(values) if values else math.nan
+    spread = statistics.stdev(values) if len(values) > 1 else math.nan
+    return number(mean, digits), number(spread, digits)
 
 
 def main(command_line: list[str] | None = None) -> None:

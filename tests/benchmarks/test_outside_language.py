@@ -26,7 +26,7 @@ def test_all_rates_then_all_seeds_at_the_best_and_nothing_twice(made, capsys):
     outside_language.main(["--tasks", "digits"])
     settings = len(SEVERITIES) * len(OPTIMIZERS)
     assert len(made) == len(set(made)) == settings * (len(RATES) + len(SEEDS) - 1)
-    assert "| 5 | `stable_spam` | 0.003 | 5 | 0.9000 | 0.0000 |" in capsys.readouterr().out
+    assert "| 5 | `stable_spam` | 0.003 | 5 | 0.9000 | 0.0000 | 0.90 | 0.00 |" in capsys.readouterr().out
     outside_language.main(["--tasks", "digits"])
     assert len(made) == len(set(made))
 
