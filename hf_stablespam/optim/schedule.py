@@ -19,6 +19,7 @@ def cosine_decay(step: Number, decay_steps: int | None, decay_floor: float) -> N
         A value of the kind of ``step``, or the number 1.0 when ``decay_steps`` is ``None``.
 
     Example:
+        >>> import torch
         >>> cosine_decay(torch.tensor([0.0, 50.5, 101.0, 500.0]), 100, 0.5)
         tensor([1.0000, 0.7500, 0.5000, 0.5000])
     """
