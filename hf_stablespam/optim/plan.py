@@ -68,7 +68,7 @@ class Plan(NamedTuple):
     finite: Number  # bool: False where the tensor is passed over, and the trackers are the old ones
     factor: Number  # f, by which the clipped gradient is multiplied
     reset: Number  # bool
-    carry: Number  # M before the step is exp_avg times this: 0 at a reset, and see `_carry`
+    carry: Number  # M before the step is exp_avg times this: 0 after a reset, and see `_carry`
     carry_sq: Number  # V before the step is exp_avg_sq times this
     beta1: Number  # sβ1
     correction1: Number  # 1 − (sβ1)ᵏ
@@ -117,7 +117,7 @@ def plan_adam(old: Trackers, clipping: Clipping, grad_norm: Number, norm: Number
     norm_mean, norm_sq, factor = _normalise(old, norm, decay, options)
     reset = is_reset_step(step, options["reset_interval"]) & finite
     moment_step = where(reset, 0, old.moment_step) + 1
-    carry, one = _carry(old, factor, reset, finite), constant(1, norm)
+    carry, one = _carry(old, factor, moment_step, finite), constant(1, norm)
     new = Trackers(step, moment_step, old.adopted_at, clipping.clip_max, norm_mean, norm_sq, one, one)
     beta1, k = decay * options["betas"][0] * one, as_type_of(moment_step, norm)
     return Plan(
@@ -187,11 +187,11 @@ def _normalise(old: Trackers, norm: Number, decay: Number, options: Options) -> 
     return norm_mean, norm_sq, norm_factor(target, norm)
 
 
-def _carry(old: Trackers, factor: Number, reset: Number, finite: Number) -> Number:
-    """How the old moments enter this step: not at all at a reset; as they are otherwise, with one exception.
+def _carry(old: Trackers, factor: Number, moment_step: Number, finite: Number) -> Number:
+    """How the old moments enter this step: not at all if it is their first; as they are otherwise, with one exception.
 
     Moments adopted from AdamW are in the scale of the raw gradient. The first gradient that AdaGN normalises tells
     the factor between the two scales; ``M·f`` and ``V·f²`` are what normalising would have made of them.
     """
     first = (old.adopted_at > 0) & (old.step == old.adopted_at) & finite & (factor > 0)
-    return where(reset, 0, where(first, factor, 1))
+    return where(moment_step == 1, 0, where(first, factor, 1))
