@@ -3,11 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 DEMO_ARGS ?=
+UV ?= uv
+# The versions that are pinned already stay; empty it to take the newest of everything.
+CONSTRAINTS_ARGS ?= -c constraints.txt
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo demo-short test lint types unit test-long test-versions clean
+.PHONY: help demo demo-short test lint types unit test-long test-versions evidence-smoke docs docs-serve constraints clean
 
 help:
 	@echo "make demo        three short pretrainings on the CPU: full precision, 4 bits, 4 bits with Stable-SPAM"
@@ -15,6 +18,9 @@ help:
 	@echo "make test        lint, types and all tests"
 	@echo "make test-long   the tests marked long: minutes to hours"
 	@echo "make test-versions  the Trainer's tests under each supported transformers, in environments of their own"
+	@echo "make evidence-smoke  repeat a small part of the committed evidence and compare, in minutes"
+	@echo "make docs        build the documentation into site/, a warning is an error; make docs-serve shows it"
+	@echo "make constraints resolve constraints.txt anew, with uv"
 	@echo "make clean       remove the virtual environment, caches and demo output"
 
 $(BIN)/python:
@@ -28,7 +34,11 @@ $(VENV)/.demo: $(BIN)/python setup.cfg constraints.txt
 
 $(VENV)/.dev: $(BIN)/python setup.cfg constraints.txt
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
-	@touch $@ $(VENV)/.demo
+	@touch $@ $(VENV)/.demo $(VENV)/.docs
+
+$(VENV)/.docs: $(BIN)/python setup.cfg constraints.txt
+	$(PIP) install --quiet -c constraints.txt -e '.[docs]'
+	@touch $@
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --output_dir demo $(DEMO_ARGS)
@@ -55,5 +65,21 @@ test-long: $(VENV)/.dev
 test-versions: $(BIN)/python
 	PYTHON=$(PYTHON) tests/versions.sh $(VENV)-versions
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+evidence-smoke: $(VENV)/.dev
+	$(BIN)/python benchmarks/evidence_smoke.py
+
+# What CUDA builds of torch bring along is left out: with a CPU build none of it is installed.
+constraints:
+	$(UV) pip compile --quiet --universal --python-version 3.10 --all-extras --no-header --no-annotate \
+		$(CONSTRAINTS_ARGS) setup.cfg >constraints.new
+	{ head -1 constraints.txt; grep -vE '^(cuda|nvidia)-|^setuptools==' constraints.new; } >constraints.merged
+	mv constraints.merged constraints.txt && rm constraints.new
+
 clean:
-	rm -rf $(VENV) $(VENV)-versions .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info demo
+	rm -rf $(VENV) $(VENV)-versions .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist site *.egg-info demo

@@ -6,7 +6,9 @@
 
 The optimizers take turns; p20, p50 and p80 of the step are given in milliseconds, and ratios of medians to fused
 AdamW and to gradient clipping with fused AdamW, which is what the Trainer does by default. A fresh gradient comes
-every step, so that AdaClip clips as it does in training. `--with-pytorch-optimizer` adds that package's StableSPAM.
+every step, so that AdaClip clips as it does in training. `--with-pytorch-optimizer` adds that package's StableSPAM,
+`--all-paths` the foreach and loop paths, `--relatives` SPAM, GaLore, 8- and 4-bit states, Lion, and `stabilize` in
+front of AdamW and Lion. GaLore's figures are those between two decompositions (one every 200 steps).
 """
 
 import argparse
@@ -20,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._record import append_rows, interleaved, quantile
-from hf_stablespam.optim import StableSPAM
+from hf_stablespam.optim import SPAM, StableSPAM, stabilize
 
 # vocabulary, width, feed-forward width, layers
 SIZES = {
@@ -30,6 +32,7 @@ SIZES = {
     "1b": (32000, 2048, 5461, 18),
 }
 BASE, CLIPPED = "AdamW(fused)", "clip_grad_norm_ + AdamW(fused)"
+WRITES_GRADIENTS = {"pytorch_optimizer.StableSPAM"}  # into those that all share: it gets some of its own
 
 
 def llama_shapes(vocabulary: int, width: int, inner: int, layers: int) -> list[tuple[int, ...]]:
@@ -58,7 +61,7 @@ class Contestant:
         self.next_gradient()
 
 
-def contestants(arguments: argparse.Namespace) -> dict[str, tuple[Any, bool]]:
+def contestants(arguments: argparse.Namespace, rank: int) -> dict[str, tuple[Any, bool]]:
     """Optimizer factories by name, and whether gradients are clipped by their global norm first."""
     off = {"clip_beta": None, "norm_betas": None, "reset_interval": None}
     makers: dict[str, tuple[Any, bool]] = {
@@ -71,9 +74,35 @@ def contestants(arguments: argparse.Namespace) -> dict[str, tuple[Any, bool]]:
         makers["StableSPAM(foreach)"] = (lambda p: StableSPAM(p, foreach=True), False)
         makers["StableSPAM(loop)"] = (lambda p: StableSPAM(p, foreach=False, fused=False), False)
         makers["StableSPAM(all parts off)"] = (lambda p: StableSPAM(p, **off), False)
+    if arguments.relatives:
+        makers |= {name: (make, False) for name, make in relatives(rank).items()}
     if arguments.with_pytorch_optimizer:
         makers["pytorch_optimizer.StableSPAM"] = (_pytorch_optimizer(), False)
     return makers
+
+
+def relatives(rank: int) -> dict[str, Any]:
+    """Optimizer factories by name: what else this package has, and what it can stand in front of."""
+    try:
+        from bitsandbytes.optim import Lion
+    except ImportError as error:
+        raise SystemExit("--relatives needs bitsandbytes and torchao: pip install bitsandbytes torchao") from error
+
+    def galore(params: list[Any], **options: Any) -> StableSPAM:
+        groups = [{"params": params[1:-2], "rank": rank}, {"params": [params[0], *params[-2:]]}]
+        return StableSPAM(groups, **options)
+
+    return {
+        "SPAM": SPAM,
+        "SPAM density=0.25": lambda p: SPAM(p, density=0.25),
+        "StableSPAM state_bits=8": lambda p: StableSPAM(p, state_bits=8),
+        "StableSPAM state_bits=4": lambda p: StableSPAM(p, state_bits=4),
+        "GaLore rank=hidden/4": lambda p: galore(p, clip_beta=None, norm_betas=None, reset_interval=None),
+        "StableSPAM rank=hidden/4": galore,
+        "stabilize(AdamW(fused))": lambda p: stabilize(torch.optim.AdamW(p, fused=True)),
+        "Lion(bitsandbytes)": lambda p: Lion(p, lr=1e-4),
+        "stabilize(Lion(bitsandbytes))": lambda p: stabilize(Lion(p, lr=1e-4)),
+    }
 
 
 def _pytorch_optimizer() -> Any:
@@ -103,9 +132,16 @@ def _memory_events(recorded: profile) -> list[Any]:
 
 
 def state_bytes(contestant: Contestant) -> int:
-    """Bytes of every tensor in the optimizer's state."""
-    states = contestant.optimizer.state.values()
-    return sum(value.nbytes for state in states for value in state.values() if isinstance(value, torch.Tensor))
+    """Bytes of every tensor in the optimizer's state, and of the trackers in front of one that is stabilised."""
+    optimizer = contestant.optimizer
+    states = [*optimizer.state.values(), *getattr(getattr(optimizer, "stabilizer", None), "_trackers", {}).values()]
+    tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    return sum(part.nbytes for value in tensors for part in stored_parts(value))
+
+
+def stored_parts(value: torch.Tensor) -> list[torch.Tensor]:
+    """What a tensor keeps: itself, or codes and scales where it keeps those (its table of levels is shared)."""
+    return [value.codes, value.scale] if hasattr(value, "codes") else [value]
 
 
 def measure(size: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -114,7 +150,12 @@ def measure(size: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     generator = torch.Generator(arguments.device).manual_seed(0)
     options = {"generator": generator, "device": arguments.device}
     rows = [[(torch.randn(s, **options) * 1e-3).to(dtype) for s in shapes] for _ in range(arguments.gradients)]
-    all_of_them = {name: Contestant(make, shapes, rows, clip) for name, (make, clip) in contestants(arguments).items()}
+    makers = contestants(arguments, rank=SIZES[size][1] // 4)
+    own = [[grad.clone() for grad in row] for row in rows] if WRITES_GRADIENTS & set(makers) else []
+    all_of_them = {
+        name: Contestant(make, shapes, own if name in WRITES_GRADIENTS else rows, clip)
+        for name, (make, clip) in makers.items()
+    }
     seconds = interleaved({name: one.step for name, one in all_of_them.items()}, arguments.repeats)
     medians = {name: quantile(values, 0.5) for name, values in seconds.items()}
     numbers = sum(grad.numel() for grad in rows[0])
@@ -128,6 +169,7 @@ def measure(size: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             "p20_ms": round(quantile(values, 0.2) * 1e3, 2),
             "p50_ms": round(medians[name] * 1e3, 2),
             "p80_ms": round(quantile(values, 0.8) * 1e3, 2),
+            "steps_per_second": round(1 / medians[name], 2),
             "to_adamw": round(medians[name] / medians[BASE], 3),
             "to_clipped_adamw": round(medians[name] / medians[CLIPPED], 3),
             "repeats": len(values),
@@ -148,6 +190,7 @@ def main() -> None:
     parser.add_argument("--gradients", type=int, default=3, help="different gradients that take turns")
     parser.add_argument("--threads", type=int, help="threads of PyTorch on the CPU")
     parser.add_argument("--all-paths", action="store_true", help="the foreach and loop paths too")
+    parser.add_argument("--relatives", action="store_true", help="the other optimizers and states of this package")
     parser.add_argument("--with-pytorch-optimizer", action="store_true")
     parser.add_argument("--dry-run", action="store_true", help="print, and append nothing")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The sweep over gradients on the CPU: maxima and norms, before and after clipping, without a copy of any gradient."""
+"""One gradient on the CPU measured and clipped: maximum and norm, before and after clipping, without a copy of it."""
 
 import math
 from typing import NamedTuple
@@ -7,164 +7,193 @@ import torch
 from torch import Tensor
 
 from hf_stablespam.optim.formulas import clip_spikes, safe_norm
-from hf_stablespam.optim.pieces import Piece, Scratch, as_blocks, split
-from hf_stablespam.optim.plan import Clipping
+from hf_stablespam.optim.pieces import LONG, PIECE, Scratch, cut
 
 TINY = 1e-15  # below it squares leave the range of float32, and norms are computed the careful way
+MANY = 64  # spikes; with more, the gradient is clipped in copies of its pieces
+BLOCK = 1 << 10  # entries that share one maximum
 
 
-class Sweep(NamedTuple):
-    """What one reading of a set of gradients found."""
+class Part(NamedTuple):
+    """Consecutive entries of a gradient, and what reading them found."""
 
-    flat: list[Tensor]  # the gradients, each (entries,)
-    pieces: list[Piece]
-    squares: list[float]  # sum of squares of each piece
-    highs: list[float]  # largest entry of each piece
-    lows: list[float]  # smallest entry of each piece
-    grad_max: Tensor  # max|g| of each tensor
-    grad_norm: Tensor  # ‖g‖ of each tensor
+    grad: Tensor  # (entries,)
+    low: float  # smallest entry
+    high: float  # largest entry
+    square: float  # sum of squares
 
 
-class Patch(NamedTuple):
-    """The blocks of a piece that hold spikes, before and after clipping."""
+class Measured(NamedTuple):
+    """One gradient before clipping."""
 
-    rows: Tensor  # (n,) indices of blocks in the piece
-    limits: tuple[float, float]  # T̂ and T̂/gmax
-    kept: tuple[Tensor, Tensor] | None  # what `blocks` returns, where there is room to keep it
-
-    def blocks(self, piece: Piece, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The blocks as the gradient has them, and with their spikes scaled down; each (n, entries of a block)."""
-        if self.kept is not None:
-            return self.kept
-        old = self.original(piece, dtype)
-        return old, clip_spikes(old, *self.limits)[0]
-
-    def original(self, piece: Piece, dtype: torch.dtype) -> Tensor:
-        """The blocks as the gradient has them."""
-        return as_blocks(piece.grad).index_select(0, self.rows).to(dtype)
+    flat: Tensor  # (entries,)
+    parts: list[Part]
+    grad_max: float  # max|g|
+    square: float  # ‖g‖²; not finite if any entry is not, or if it leaves the range of the statistics' dtype
 
 
-class _Spiked(NamedTuple):
-    """A piece with spikes, while its sum of squares is brought up to date."""
+class Limits(NamedTuple):
+    """AdaClip for one tensor."""
 
-    number: int  # of the piece
-    rows: Tensor  # (n,)
-    old: Tensor  # (n, entries of a block)
-    new: Tensor
-    clipped: Tensor  # how many entries
+    threshold: float  # T̂, a number of the working dtype
+    ratio: float  # T̂/gmax
+
+
+class Spike(NamedTuple):
+    """An entry above the threshold."""
+
+    place: int  # index in the flattened gradient
+    entry: Tensor  # 0-dimensional, a view of the gradient
+    value: float
 
 
 class Clipped(NamedTuple):
     """What clipping changes."""
 
-    patches: dict[int, Patch]  # by the index of the piece
-    entries: Tensor  # how many entries were clipped, for each tensor
-    norm: Tensor  # ‖g‖ after clipping, of each tensor
+    spikes: list[Spike] | None  # None: they are many, or nearly all of the norm
+    entries: int  # how many were clipped
+    square: float  # ‖g‖² after clipping
 
 
-def sweep(flat: list[Tensor], scratch: Scratch) -> Sweep:
-    """Measure gradients piece by piece: largest and smallest entries, and sums of squares.
+def measure(flat: Tensor, scratch: Scratch) -> Measured:
+    """Read a gradient: its largest entry, and the sum of squares while it is still in the cache.
 
     Args:
-        flat: gradients as vectors.
+        flat: the gradient as a vector.
         scratch: working memory; its dtype is that of the statistics.
     """
-    pieces, squares, counts = [], [], []
-    extremes: list[Tensor] = []
-    for owner, grad in enumerate(flat):
-        parts = split(grad)
-        counts.append(len(parts))
-        for part, piece in enumerate(parts):
-            values = scratch.widened("grad", piece)
-            pieces.append(Piece(owner, part, piece))
-            extremes += torch.aminmax(values)
-            squares.append(torch.dot(values, values))
-    bounds = torch.stack(extremes).view(-1, 2)
-    grad_max = torch.stack(torch._foreach_max(bounds.abs().amax(1).split(counts)))
-    sums = torch.stack(squares).tolist()
-    norm = _norms(pieces, sums, len(flat), scratch.dtype)
-    for owner in _tiny(grad_max):
-        norm[owner] = safe_norm(flat[owner].to(scratch.dtype), grad_max[owner])
-    lows, highs = bounds.t().tolist()
-    return Sweep(flat, pieces, sums, highs, lows, grad_max, norm)
+    parts = []
+    grad_max = square = 0.0
+    for grad in cut(flat, LONG if flat.dtype == scratch.dtype else PIECE):
+        values = scratch.widened("grad", grad)
+        low, high = torch.aminmax(values)
+        parts.append(Part(grad, low.item(), high.item(), _square(values)))
+        grad_max = max(grad_max, parts[-1].high, -parts[-1].low)
+        square += parts[-1].square
+    if not square <= scratch.largest:
+        return Measured(flat, parts, math.nan if math.isnan(square) else grad_max, square * math.inf)
+    if 0 < grad_max < TINY:
+        square = _careful_square(flat.to(scratch.dtype), grad_max)
+    return Measured(flat, parts, grad_max, square)
 
 
-def clip(swept: Sweep, clipping: Clipping, scratch: Scratch) -> Clipped:
-    """Clip the blocks that hold entries above the threshold, and only these.
+def clip(measured: Measured, limits: Limits, scratch: Scratch) -> Clipped:
+    """Find the entries above the threshold; the gradient stays as it is.
+
+    In an ordinary step every second tensor has one or two, so they are clipped one by one.
 
     Args:
-        swept: the gradients and their measures.
-        clipping: threshold and ratio of each tensor.
+        measured: the gradient, from `measure`.
+        limits: threshold and ratio.
         scratch: working memory.
     """
-    thresholds, ratios = clipping.threshold.tolist(), clipping.ratio.tolist()
-    entries, squares = [0] * len(swept.flat), list(swept.squares)
-    patches: dict[int, Patch] = {}
-    group: list[_Spiked] = []
-    room = max(grad.numel() for grad in swept.flat)  # what is alive is together no larger than the largest tensor
-    for index, (piece, low, high) in enumerate(zip(swept.pieces, swept.lows, swept.highs, strict=True)):
-        limits = thresholds[piece.owner], ratios[piece.owner]
-        if high > limits[0] or low < -limits[0]:
-            patch = Patch(_rows_with_spikes(piece, limits[0], low, high, scratch.dtype), limits, None)
-            old = patch.original(piece, scratch.dtype)
-            new, count = clip_spikes(old, *limits)
-            keep = 2 * new.numel() <= room
-            patches[index] = patch._replace(kept=(old, new)) if keep else patch
-            group.append(_Spiked(index, patch.rows, old, new, count))
-            if keep:
-                room -= 2 * new.numel()
-            else:
-                _settle(group, swept, entries, squares, scratch)
-                group = []
-    _settle(group, swept, entries, squares, scratch)
-    if not patches:
-        return Clipped(patches, torch.tensor(entries), swept.grad_norm)
-    norm = _norms(swept.pieces, squares, len(swept.flat), scratch.dtype)
-    for owner in _tiny(swept.grad_max):
-        clipped, _ = clip_spikes(swept.flat[owner].to(scratch.dtype), thresholds[owner], ratios[owner])
-        norm[owner] = safe_norm(clipped, swept.grad_max[owner])
-    return Clipped(patches, torch.tensor(entries), norm)
+    threshold, ratio = limits
+    if not measured.grad_max > threshold:
+        return Clipped([], 0, measured.square)
+    if measured.grad_max < TINY:
+        clipped, entries = clip_spikes(measured.flat.to(scratch.dtype), *limits)
+        return Clipped(None, int(entries), _careful_square(clipped, measured.grad_max))
+    spikes = find_spikes(measured, threshold)
+    removed = sum(spike.value * spike.value for spike in spikes or []) * (1 - ratio * ratio)
+    if spikes is None or removed > 0.5 * measured.square:  # the difference would lose digits
+        return _clip_copies(measured, limits, scratch)
+    return Clipped(spikes, len(spikes), measured.square - removed)
 
 
-def _tiny(grad_max: Tensor) -> list[int]:
-    return [owner for owner, largest in enumerate(grad_max.tolist()) if 0 < largest < TINY]
+def find_spikes(measured: Measured, threshold: float) -> list[Spike] | None:
+    """The entries above the threshold; ``None`` if they are many."""
+    found: list[Spike] = []
+    first = 0
+    for part in measured.parts:
+        for side, extreme in ((1, part.high), (-1, part.low)):
+            if side * extreme > threshold and len(found) <= MANY:
+                found += _search(part.grad, threshold, side, first)
+        first += part.grad.numel()
+    return found if len(found) <= MANY else None
 
 
-def _norms(pieces: list[Piece], squares: list[float], tensors: int, dtype: torch.dtype) -> Tensor:
-    """The norm of each tensor from the sums of squares of its pieces, added in float64."""
-    totals = [0.0] * tensors
-    for piece, square in zip(pieces, squares, strict=True):
-        totals[piece.owner] += square
-    return torch.tensor([math.sqrt(total) for total in totals], dtype=dtype)
+def _search(values: Tensor, threshold: float, side: int, first: int) -> list[Spike]:
+    """The entries of one sign above the threshold.
+
+    The maxima of blocks say in which blocks they are, and only these blocks are read again.
+
+    Args:
+        values: a vector.
+        threshold: ``T̂``.
+        side: 1 for positive entries, −1 for negative ones.
+        first: the place of the first value in the gradient.
+
+    Returns:
+        All of them, or more than ``MANY``.
+    """
+    entries = values.numel()
+    rest = entries % BLOCK
+    starts = [entries - rest] if rest else []
+    if entries > rest:
+        rows = (values[: entries - rest] if rest else values).view(-1, BLOCK)
+        starts += [row * BLOCK for row in _above(rows.amax(1) if side > 0 else rows.amin(1), threshold, side)]
+    found: list[Spike] = []
+    for start in starts:
+        block = values[start : start + BLOCK]
+        for index in _above(block, threshold, side)[: MANY + 1]:
+            entry = block[index]
+            found.append(Spike(first + start + index, entry, entry.item()))
+        if len(found) > MANY:
+            break
+    return found
 
 
-def _rows_with_spikes(piece: Piece, threshold: float, low: float, high: float, dtype: torch.dtype) -> Tensor:
-    """Which blocks have an entry above the threshold; only the sides that have one are searched."""
-    blocks = as_blocks(piece.grad)
-    if low >= -threshold:
-        spiked = blocks.amax(1).to(dtype) > threshold
-    elif high <= threshold:
-        spiked = blocks.amin(1).to(dtype) < -threshold
-    else:
-        spiked = torch.maximum(blocks.amax(1), -blocks.amin(1)).to(dtype) > threshold
-    return spiked.nonzero().view(-1)
+def _above(values: Tensor, threshold: float, side: int) -> list[int]:
+    """Where values are above a threshold, or (side −1) below its negative."""
+    if values.dtype in (torch.bfloat16, torch.float16):
+        values = values.float()  # else the threshold would be rounded
+    above = values > threshold if side > 0 else values < -threshold
+    return [index for (index,) in above.nonzero().tolist()]
 
 
-def _settle(group: list[_Spiked], swept: Sweep, entries: list[int], squares: list[float], scratch: Scratch) -> None:
-    """Enter what clipping changed: the number of clipped entries of the tensors, the sums of squares of the pieces."""
-    if not group:
+def scale_spikes(spikes: list[Spike], ratio: float) -> None:
+    """Clip the gradient's spikes, or (by a ratio of 1) put them back exactly as they were."""
+    for spike in spikes:
+        spike.entry.fill_(spike.value * ratio)
+
+
+def clip_copy(work: Tensor, start: int, spikes: list[Spike] | None, limits: Limits) -> None:
+    """Clip a copy of a piece of the gradient.
+
+    Args:
+        work: the copy, which is changed.
+        start: the place of its first entry in the gradient.
+        spikes: those of the gradient, if they are known one by one.
+        limits: threshold and ratio.
+    """
+    if spikes is None:
+        clip_all(work, limits)
         return
-    norms = torch._foreach_norm([spiked.old for spiked in group] + [spiked.new for spiked in group])
-    removed, added = torch.stack(norms).double().square().view(2, -1).tolist()
-    counts = torch.stack([spiked.clipped for spiked in group]).tolist()
-    for spiked, before, after, count in zip(group, removed, added, counts, strict=True):
-        piece = swept.pieces[spiked.number]
-        entries[piece.owner] += count
-        if spiked.old.numel() == piece.grad.numel():
-            squares[spiked.number] = after
-        elif before < 0.5 * squares[spiked.number]:
-            squares[spiked.number] += after - before
-        else:  # the difference would lose digits
-            values = scratch.take("grad", piece.grad.numel()).copy_(piece.grad)
-            as_blocks(values).index_copy_(0, spiked.rows, spiked.new)
-            squares[spiked.number] = float(torch.dot(values, values))
+    for spike in spikes:
+        if start <= spike.place < start + work.numel():
+            work[spike.place - start] = spike.value * limits.ratio
+
+
+def clip_all(work: Tensor, limits: Limits) -> Tensor:
+    """Clip a vector that may be changed; return one that is zero where nothing was clipped."""
+    spikes = torch.nn.functional.hardshrink(work, limits.threshold)
+    work.sub_(spikes).add_(spikes, alpha=limits.ratio)
+    return spikes
+
+
+def _careful_square(values: Tensor, grad_max: float) -> float:
+    return safe_norm(values, torch.tensor(grad_max, dtype=values.dtype)).item() ** 2
+
+
+def _square(values: Tensor) -> float:
+    return torch.dot(values, values).item()
+
+
+def _clip_copies(measured: Measured, limits: Limits, scratch: Scratch) -> Clipped:
+    """Count and measure what is clipped on copies of pieces, where there are many spikes or nothing else."""
+    square, entries = 0.0, 0
+    for grad in cut(measured.flat, PIECE):
+        values = scratch.copied("grad", grad)
+        entries += int(clip_all(values, limits).count_nonzero())
+        square += _square(values)
+    return Clipped(None, entries, square)

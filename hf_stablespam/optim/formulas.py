@@ -1,7 +1,7 @@
 """AdaClip and AdaGN as functions of tensors: what Stable-SPAM puts in front of Adam.
 
-Everything here works on one gradient with 0-dimensional trackers, and (except for the two functions that
-take a gradient) on many at once, with trackers stacked to one vector. Symbols are those of arXiv 2502.17055.
+Everything here works on one gradient with 0-dimensional trackers or Python floats, and (except for the two functions
+that take a gradient) on many at once, with trackers stacked to one vector. Symbols are those of arXiv 2502.17055.
 """
 
 import math
@@ -9,8 +9,10 @@ import math
 import torch
 from torch import Tensor
 
+from hf_stablespam.optim.numbers import Number, at_least, at_most, divide, expm1, range_of, sqrt, where
 
-def bias_correction(beta: Tensor | float, step: Tensor) -> Tensor:
+
+def bias_correction(beta: Number, step: Number) -> Number:
     """``1 − βᵗ`` for ``t ≥ 1``, through ``expm1`` so that float32 keeps it exact when β is close to 1.
 
     Example:
@@ -18,13 +20,13 @@ def bias_correction(beta: Tensor | float, step: Tensor) -> Tensor:
         tensor([0.0010, 0.6323])
     """
     if isinstance(beta, Tensor):
-        log_beta: Tensor | float = beta.log()
+        log_beta: Number = beta.log()
     else:
         log_beta = math.log(beta) if beta > 0 else -math.inf
-    return -torch.expm1(step * log_beta)
+    return -expm1(step * log_beta)
 
 
-def clip_threshold(clip_max: Tensor, grad_max: Tensor, step: Tensor, *, clip_beta: float) -> tuple[Tensor, Tensor]:
+def clip_threshold(clip_max: Number, grad_max: Number, step: Number, *, clip_beta: float) -> tuple[Number, Number]:
     """AdaClip's threshold: a debiased running mean of the largest gradient entry.
 
     ``T ← γ3·T + (1−γ3)·gmax``,  ``T̂ = T / (1−γ3ᵗ)``
@@ -42,9 +44,9 @@ def clip_threshold(clip_max: Tensor, grad_max: Tensor, step: Tensor, *, clip_bet
     return clip_max, clip_max / bias_correction(clip_beta, step)
 
 
-def clip_ratio(grad_max: Tensor, threshold: Tensor) -> Tensor:
+def clip_ratio(grad_max: Number, threshold: Number) -> Number:
     """``T̂/gmax``, by which AdaClip scales every entry above ``T̂``; 1 for a gradient of zeros."""
-    return torch.where(grad_max > threshold, threshold / grad_max, torch.ones_like(grad_max))
+    return where(grad_max > threshold, divide(threshold, grad_max), 1.0)
 
 
 def clip_spikes(grad: Tensor, threshold: Tensor | float, ratio: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -63,15 +65,15 @@ def clip_spikes(grad: Tensor, threshold: Tensor | float, ratio: Tensor | float) 
 
 
 def norm_target(
-    norm_mean: Tensor,
-    norm_sq: Tensor,
-    norm: Tensor,
-    step: Tensor,
+    norm_mean: Number,
+    norm_sq: Number,
+    norm: Number,
+    step: Number,
     *,
     norm_betas: tuple[float, float],
-    decay: Tensor | float,
+    decay: Number,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Number, Number, Number]:
     """AdaGN's target norm: an Adam-like ratio of the two running moments of the gradient's norm.
 
     ``m ← sγ1·m + (1−sγ1)·n``,  ``v ← γ2·v + (1−γ2)·n²``,  ``c = m̂ / (√v̂ + ε)``
@@ -90,17 +92,17 @@ def norm_target(
     """
     gamma1, gamma2 = decay * norm_betas[0], norm_betas[1]
     norm_mean = gamma1 * norm_mean + (1 - gamma1) * norm
-    norm_sq = gamma2 * norm_sq + (1 - gamma2) * norm.square()
+    norm_sq = gamma2 * norm_sq + (1 - gamma2) * (norm * norm)
     mean_hat = norm_mean / bias_correction(gamma1, step)
-    root_hat = (norm_sq / bias_correction(gamma2, step)).sqrt()
-    floor = torch.finfo(norm.dtype).tiny  # v of a tiny gradient underflows to 0, and eps may be 0
-    return norm_mean, norm_sq, mean_hat / (root_hat + eps).clamp(min=floor)
+    root_hat = sqrt(norm_sq / bias_correction(gamma2, step))
+    floor = range_of(norm).tiny  # v of a tiny gradient underflows to 0, and eps may be 0
+    return norm_mean, norm_sq, mean_hat / at_least(root_hat + eps, floor)
 
 
-def norm_factor(target: Tensor, norm: Tensor) -> Tensor:
+def norm_factor(target: Number, norm: Number) -> Number:
     """``c/n``, the one factor by which AdaGN multiplies a gradient; 0 for a gradient of zeros (no division)."""
-    factor = (target / norm).clamp(max=torch.finfo(norm.dtype).max)  # a denormal norm divides to inf
-    return torch.where(norm > 0, factor, torch.zeros_like(norm))
+    factor = at_most(divide(target, norm), range_of(norm).max)  # a denormal norm divides to inf
+    return where(norm > 0, factor, 0.0)
 
 
 def safe_norm(grad: Tensor, grad_max: Tensor) -> Tensor:

@@ -1,31 +1,36 @@
-"""The fast path on the CPU: one sweep over the gradients for maxima and norms, one through PyTorch's fused AdamW.
+"""The fast path on the CPU: one tensor after the other, measured, clipped and updated while it is in the cache.
 
-* Gradients are measured in pieces: the maximum of each block of 1024 entries, and the sum of squares of the piece
-  while it is still in the cache (`cpu_sweep`).
-* The sum of squares after clipping differs only by the few entries above the threshold; the maxima of the blocks say
-  in which blocks those are, and only these blocks are read again.
-* AdaGN is one factor per tensor. For large float32 and float64 tensors it goes into the coefficients of AdamW, so that
-  the update reads the gradient as it is and costs what AdamW costs (`cpu_direct`). For small tensors, fewer bits and
+* One operation reads the gradient for its largest entry, a second one for its norm, from the cache (`cpu_sweep`).
+* The sum of squares after clipping differs only by the few entries above the threshold; the maxima of blocks of 1024
+  entries say in which blocks those are, and only these blocks are rewritten, for as long as the update takes.
+* AdaGN is one factor per tensor. For float32 and float64 tensors it goes into the coefficients of PyTorch's fused
+  AdamW, which reads the gradient as it is and costs what AdamW costs (`cpu_direct`). For fewer bits, many spikes and
   gradients of unusual size it is multiplied into a scratch copy of a piece of the gradient (`cpu_scratch`).
+* The few numbers of each tensor are Python floats here: see `numbers`.
 
 ``p.grad`` is left as it was found.
 """
 
+import ctypes
+import math
+
 import torch
 from torch import Tensor
 
-from hf_stablespam.optim.cpu_direct import direct_numbers, direct_update
+from hf_stablespam.optim.cpu_direct import direct_coefficients, direct_update, scales_to_keep
 from hf_stablespam.optim.cpu_scratch import scratch_update
-from hf_stablespam.optim.cpu_sweep import clip, sweep
+from hf_stablespam.optim.cpu_sweep import Limits, clip, measure, scale_spikes
 from hf_stablespam.optim.pieces import Scratch, flat_view
 from hf_stablespam.optim.plan import (
     Batch,
+    Clipping,
     Options,
+    Plan,
+    State,
+    Trackers,
     plan_adam,
     plan_clipping,
-    stack_trackers,
     step_statistics,
-    store_trackers,
 )
 
 
@@ -40,20 +45,45 @@ def fused_cpu_step(batch: Batch, options: Options) -> dict[str, Tensor]:
         The statistics, each a vector with one entry per parameter.
     """
     scratch = Scratch(batch.states[0]["clip_max"].dtype)
-    old = stack_trackers(batch.states)
-    swept = sweep([flat_view(grad) for grad in batch.grads], scratch)
-    clipping = plan_clipping(old, swept.grad_max, options)
-    clipped = clip(swept, clipping, scratch)
-    plan = plan_adam(old, clipping, swept.grad_norm, clipped.norm, options)
+    seen = [_step_one(*tensors, options, scratch) for tensors in zip(*batch, strict=True)]
+    rows = [step_statistics(*one) for one in seen]
+    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float32) for name in rows[0]}
 
-    numbers = direct_numbers(batch, swept.grad_max, plan, options)
-    scales = {
-        "exp_avg_scale": torch.where(numbers.fits, numbers.scale, plan.trackers.exp_avg_scale),
-        "exp_avg_sq_scale": torch.where(numbers.fits, numbers.scale_sq, plan.trackers.exp_avg_sq_scale),
-    }
-    store_trackers(batch.states, plan.trackers._replace(**scales))
-    direct_update(batch, swept.pieces, clipped.patches, numbers, plan, options)
-    in_pieces = (plan.finite & ~numbers.fits).tolist()
-    pieces = {index: piece for index, piece in enumerate(swept.pieces) if in_pieces[piece.owner]}
-    scratch_update(batch, pieces, clipped.patches, plan, options, scratch)
-    return step_statistics(swept.grad_norm, swept.grad_max, clipping, clipped.entries, clipped.norm, plan)
+
+def _step_one(
+    param: Tensor, grad: Tensor, state: State, options: Options, scratch: Scratch
+) -> tuple[float, float, Clipping, int, float, Plan]:
+    """Update a tensor and its state; return what `step_statistics` takes."""
+    old = Trackers(*[state[name].item() for name in Trackers._fields])
+    measured = measure(flat_view(grad), scratch)
+    clipping = plan_clipping(old, measured.grad_max, options)
+    limits = Limits(_rounded(clipping.threshold, scratch.dtype), clipping.ratio)
+    clipped = clip(measured, limits, scratch)
+    grad_norm, norm = math.sqrt(measured.square), math.sqrt(clipped.square)
+    plan = plan_adam(old, clipping, grad_norm, norm, options)
+    if plan.finite:
+        in_full = param.dtype == state["exp_avg"].dtype == scratch.dtype
+        coefficients = direct_coefficients(measured.grad_max, plan, options) if in_full else None
+        if coefficients is not None and clipped.spikes is not None:
+            _store(state, old, plan.trackers._replace(**scales_to_keep(param, coefficients)))
+            try:
+                scale_spikes(clipped.spikes, limits.ratio)
+                direct_update(param, grad, state, coefficients, plan, options)
+            finally:
+                scale_spikes(clipped.spikes, 1)
+        else:
+            _store(state, old, plan.trackers)
+            scratch_update(param, grad, state, clipped.spikes, limits, plan, options, scratch)
+    return grad_norm, measured.grad_max, clipping, clipped.entries, norm, plan
+
+
+def _store(state: State, old: Trackers, new: Trackers) -> None:
+    """Write the trackers that changed."""
+    for name, before, after in zip(Trackers._fields, old, new, strict=True):
+        if after != before:
+            state[name].fill_(after)
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """The number that a tensor of this dtype compares with when it is told to compare with this one."""
+    return ctypes.c_float(value).value if dtype == torch.float32 else value

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_stablespam.optim.adoption import fresh_state
 from hf_stablespam.optim.dispatch import step_group
 from hf_stablespam.optim.plan import Batch, Result
 from hf_stablespam.optim.sharded import is_sharded
@@ -45,7 +44,7 @@ class LayerwiseStableSPAM(StableSPAM):
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
             if param.requires_grad:
-                param.register_post_accumulate_grad_hook(self._update)
+                param.register_post_accumulate_grad_hook(self._update_one)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -76,7 +75,7 @@ class LayerwiseStableSPAM(StableSPAM):
         self._updated = []
 
     @torch.no_grad()
-    def _update(self, param: Tensor) -> None:
+    def _update_one(self, param: Tensor) -> None:
         group = next(group for group in self.param_groups if any(other is param for other in group["params"]))
         check_before_step(group)
         if is_sharded(param):
@@ -87,6 +86,6 @@ class LayerwiseStableSPAM(StableSPAM):
         assert param.grad is not None
         if param.numel() > 0:
             if not self.state[param]:
-                self.state[param] = fresh_state(param, group)
+                self.state[param] = self._fresh_state(param, group)
             self._updated += step_group(Batch([param], [param.grad], [self.state[param]]), group)
         param.grad = None

@@ -10,9 +10,10 @@ lies so near the middle of two levels that rounding to bfloat16 decides.
 A ``V`` above zero is never stored as zero: its ``M`` may well be stored as something else, and a gradient of zero (a
 token that does not occur in the batch) would then divide by ε alone.
 
-States are saved, loaded and pickled; `copy.deepcopy` is what torchao's tensors do not know.
+States are saved, loaded and pickled. For `copy.deepcopy`, torchao's tensors are taught to clone themselves.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,7 +40,23 @@ def require_torchao(state_bits: int) -> Any:
         raise ImportError(
             f"state_bits={state_bits} needs torchao; install it with: pip install 'hf_stablespam[lowbit]'"
         ) from error
-    return {8: OptimState8bit, 4: OptimState4bit}[state_bits]
+    storage = {8: OptimState8bit, 4: OptimState4bit}[state_bits]
+    _teach_to_clone(storage)
+    return storage
+
+
+@cache
+def _teach_to_clone(storage: Any) -> None:
+    """Register what `copy.deepcopy` asks of a tensor with torchao's class, unless that knows it already."""
+    clone = torch.ops.aten.clone.default
+    if clone not in getattr(storage, "_ATEN_OP_TABLE", {}).get(storage, {}):
+        storage.implements(clone)(_clone)
+
+
+def _clone(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    names, attributes = args[0].__tensor_flatten__()
+    parts = {name: getattr(args[0], name).clone() for name in names}
+    return type(args[0]).__tensor_unflatten__(parts, attributes)
 
 
 def fits(tensor: Tensor, bits: int) -> bool:
@@ -67,7 +84,7 @@ def zero_moments(shape: torch.Size, bits: int, device: torch.device) -> dict[str
 
 def is_low_bit(moment: Tensor) -> bool:
     """Whether a moment is stored in 8 or 4 bits."""
-    return hasattr(moment, "codes")
+    return type(moment) is not Tensor and hasattr(moment, "codes")
 
 
 def read(moment: Tensor, dtype: torch.dtype) -> Tensor:

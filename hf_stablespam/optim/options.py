@@ -161,3 +161,16 @@ def check_real(params: Iterable[Tensor]) -> None:
                 f"parameters must be real, got {param.dtype} for shape {tuple(param.shape)}, "
                 f"parameter {index} of the group; optimize torch.view_as_real(parameter) instead"
             )
+
+
+def check_dense(param: Tensor) -> None:
+    """The gradient of a parameter, if it has one, is dense.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if param.grad is not None and (layout := param.grad.layout) != torch.strided:
+        raise ValueError(
+            f"gradients must be dense, got {layout} for a parameter of shape {tuple(param.shape)}; "
+            "build the embedding with sparse=False"
+        )

@@ -1,20 +1,10 @@
 """Tensors cut into pieces that stay in a processor's cache, and scratch memory for them."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-PIECE = 1 << 18  # entries: 1 MiB of float32
-BLOCK = 1 << 10  # entries that share one maximum
-
-
-class Piece(NamedTuple):
-    """Some consecutive entries of one gradient."""
-
-    owner: int  # index of the tensor in the batch
-    part: int  # index of the piece in the tensor
-    grad: Tensor  # (entries,)
+PIECE = 1 << 18  # entries of scratch memory: 1 MiB of float32
+LONG = 1 << 21  # entries that one operation reads after another: more would leave the cache in between
 
 
 class Scratch:
@@ -22,17 +12,22 @@ class Scratch:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self.largest = torch.finfo(dtype).max
         self._memory: dict[str, Tensor] = {}
 
-    def take(self, role: str, entries: int, offset: int = 0) -> Tensor:
+    def take(self, role: str, entries: int) -> Tensor:
         """``entries`` numbers of working memory, not initialised."""
         if role not in self._memory:
             self._memory[role] = torch.empty(PIECE, dtype=self.dtype)
-        return self._memory[role][offset : offset + entries]
+        return self._memory[role][:entries]
 
-    def widened(self, role: str, value: Tensor, offset: int = 0) -> Tensor:
+    def copied(self, role: str, value: Tensor) -> Tensor:
+        """A copy of ``value`` in the working dtype."""
+        return self.take(role, value.numel()).copy_(value)
+
+    def widened(self, role: str, value: Tensor) -> Tensor:
         """``value`` itself if it has the working dtype, else a copy that has."""
-        return value if value.dtype == self.dtype else self.take(role, value.numel(), offset).copy_(value)
+        return value if value.dtype == self.dtype else self.copied(role, value)
 
 
 def share_layout(tensors: list[Tensor]) -> bool:
@@ -54,21 +49,12 @@ def _is_gapless(tensor: Tensor) -> bool:
 
 def flat_view(tensor: Tensor) -> Tensor:
     """The entries of a gapless tensor in the order of memory, as a vector that shares their memory."""
-    return tensor.as_strided((tensor.numel(),), (1,))
+    return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
 
 
-def split(flat: Tensor) -> tuple[Tensor, ...]:
-    """Pieces of at most ``PIECE`` entries; all but the last are made of whole blocks."""
-    if flat.numel() <= BLOCK:
-        return (flat,)
-    whole = flat.numel() - flat.numel() % BLOCK
-    sizes = [PIECE] * (whole // PIECE) + [rest for rest in (whole % PIECE, flat.numel() - whole) if rest]
-    return flat.split(sizes)
-
-
-def as_blocks(piece: Tensor) -> Tensor:
-    """A piece as rows of ``BLOCK`` entries, or as one row where it is the short rest of a tensor."""
-    return piece.view(-1, BLOCK) if piece.numel() % BLOCK == 0 else piece.view(1, -1)
+def cut(flat: Tensor, limit: int) -> tuple[Tensor, ...]:
+    """Pieces of at most ``limit`` entries."""
+    return (flat,) if flat.numel() <= limit else flat.split(limit)
 
 
 def buckets(sizes: list[int], limit: int) -> list[range]:

@@ -8,9 +8,9 @@ from hf_stablespam.optim.plan import Batch, Options, State
 
 def is_plain_adamw(options: Options) -> bool:
     """Whether nothing of Stable-SPAM is left in the options of a parameter group."""
-    parts = ("clip_beta", "norm_betas", "reset_interval", "decay_steps")
-    ordinary_storage = options["state_dtype"] is None and not options["stochastic_rounding"]
-    return ordinary_storage and all(options[part] is None for part in parts)
+    if options["clip_beta"] is not None or options["norm_betas"] is not None or options["reset_interval"] is not None:
+        return False
+    return options["decay_steps"] is None and options["state_dtype"] is None and not options["stochastic_rounding"]
 
 
 def unscale(state: State) -> None:

@@ -1,22 +1,21 @@
 """SPAM, which Stable-SPAM came from: Adam with clipped spikes and reset momentum, also sparse."""
 
-from collections.abc import Callable
-from itertools import chain
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
-from hf_stablespam.optim.options import check_group_names, check_real
+from hf_stablespam.optim.base import MeasuringOptimizer
+from hf_stablespam.optim.plan import Result, State
 from hf_stablespam.optim.spam_options import check_gradients, check_spam
-from hf_stablespam.optim.spam_update import State, spam_step
+from hf_stablespam.optim.spam_update import spam_step
 from hf_stablespam.optim.sparse_mask import draw_mask, empty_mask, kept_entries
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class SPAM(Optimizer):
+class SPAM(MeasuringOptimizer):
     r"""Spike-Aware Adam with Momentum Reset (arXiv 2501.06842).
 
     For each parameter tensor ``w`` with gradient ``g`` at its step ``t``:
@@ -96,60 +95,36 @@ class SPAM(Optimizer):
             "seed": seed,
             "maximize": maximize,
         }
-        check_spam(defaults)
-        self._last_step: dict[Tensor, State] = {}
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own; what a group does not name it takes from the constructor.
+    def _check_options(self, options: dict[str, Any]) -> None:
+        check_spam(options)
 
-        Raises:
-            ValueError: for an option out of its range, or a parameter that cannot be trained with these options.
-            TypeError: for a misspelt option.
-        """
-        if isinstance(param_group, dict):
-            check_group_names(param_group, self.defaults)
-            check_spam({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        try:
-            check_real(self.param_groups[-1]["params"])
-        except ValueError:
-            self.param_groups.pop()
-            raise
+    def _fresh_state(self, param: Tensor, group: dict[str, Any]) -> State:
+        return fresh_spam_state(param, group)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
+    def _check_saved(self, index: Any, fresh: State, saved: dict[str, Any]) -> None:
+        if missing := [name for name in fresh if name not in saved]:
+            raise ValueError(
+                f"the state of parameter {index} must hold {', '.join(fresh)}, but lacks {', '.join(missing)}; "
+                "it was saved by another optimizer: begin a new run from the weights"
+            )
 
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Perform one step of optimization.
-
-        Args:
-            closure: re-evaluates the model and returns the loss, if the loss is to be returned.
-
-        Raises:
-            ValueError: for a sparse gradient or a sharded parameter.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _update(self) -> list[Result]:
         for group in self.param_groups:
             check_gradients(group)
-        self._last_step = {}
+        results = []
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None and param.numel() > 0:
-                    self._last_step[param] = self._step_one(param, param.grad, group)
-        return loss
+                    row = self._step_one(param, param.grad, group)
+                    results.append(Result([param], {name: value.view(1) for name, value in row.items()}))
+        return results
 
     def _step_one(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> State:
         state = self.state[param]
         if not state:
-            self.state[param] = state = fresh_spam_state(param, group)
+            self.state[param] = state = self._fresh_state(param, group)
             self._redraw(param, group)
         state["step"] += 1  # on the CPU, as torch's own: reading it does not wait for the device
         interval = group["reset_interval"]
@@ -169,53 +144,6 @@ class SPAM(Optimizer):
             for param in group["params"]:
                 if self.state.get(param):
                     self._reset(param, group)
-
-    @property
-    def statistics(self) -> dict[str, Tensor]:
-        """What the last step saw: for each name a float vector with one entry per parameter, on their device.
-
-        Entries follow the parameters of `param_groups`; a parameter without gradient has zeros. Empty before the
-        first step. The names are those of `StableSPAM.statistics`; here each entry has a threshold of its own and
-        nothing is normalised, so that ``clip_threshold`` is infinite and ``norm_factor`` 1.
-        """
-        if not self._last_step:
-            return {}
-        zero = torch.zeros_like(next(iter(self._last_step.values()))["grad_norm"])
-        rows = [self._last_step.get(param) for param in self._params()]
-        names = next(iter(self._last_step.values()))
-        return {name: torch.stack([zero if row is None else row[name].to(zero) for row in rows]) for name in names}
-
-    @torch._disable_dynamo
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state saved by `state_dict`, with every tensor in the dtype in which it was saved.
-
-        As with every torch optimizer the saved `param_groups` replace the options given to the constructor.
-
-        Raises:
-            ValueError: if a parameter's state lacks what the next step needs.
-        """
-        saved_ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
-        super().load_state_dict(state_dict)
-        groups = [group for group in self.param_groups for _ in group["params"]]
-        for index, (saved_id, param, group) in enumerate(zip(saved_ids, self._params(), groups, strict=True)):
-            if saved_id in state_dict["state"]:
-                fresh, saved = fresh_spam_state(param, group), state_dict["state"][saved_id]
-                if missing := [name for name in fresh if name not in saved]:
-                    raise ValueError(
-                        f"the state of parameter {index} must hold {', '.join(fresh)}, but lacks "
-                        f"{', '.join(missing)}; it was saved by another optimizer: begin a new run from the weights"
-                    )
-                self.state[param] = {name: fresh[name].copy_(saved[name]) for name in fresh}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._last_step = {}
-        for group in self.param_groups:
-            for name, default in self.defaults.items():
-                group.setdefault(name, default)
-
-    def _params(self) -> list[Tensor]:
-        return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
     def _reset(self, param: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]

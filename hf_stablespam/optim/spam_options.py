@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import torch
-
 from hf_stablespam.optim.options import (
     check_above_zero,
     check_at_least_zero,
     check_beta_pair,
+    check_dense,
     check_flag,
     check_interval,
     check_learning_rate,
@@ -55,14 +54,8 @@ def check_gradients(group: dict[str, Any]) -> None:
         ValueError: for the first that is not.
     """
     for param in group["params"]:
-        if param.grad is None:
-            continue
-        if param.grad.layout != torch.strided:
-            raise ValueError(
-                f"gradients must be dense, got {param.grad.layout} for a parameter of shape {tuple(param.shape)}; "
-                "build the embedding with sparse=False"
-            )
-        if hasattr(param, "device_mesh"):
+        check_dense(param)
+        if param.grad is not None and hasattr(param, "device_mesh"):
             raise ValueError(
                 f"SPAM needs whole parameters, got a sharded one (DTensor) of shape {tuple(param.shape)}; "
                 "train with DDP, or use StableSPAM"

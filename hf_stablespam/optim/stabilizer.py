@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from hf_stablespam.optim.options import check_stable_spam
-from hf_stablespam.optim.plan import State, Trackers
+from hf_stablespam.optim.base import ordered
+from hf_stablespam.optim.options import check_dense, check_stable_spam
+from hf_stablespam.optim.plan import Result, State, Trackers
 from hf_stablespam.optim.single_tensor import stabilized
 
 _TRACKERS = ("step", "clip_max", "norm_mean", "norm_sq")  # what is saved; the others say nothing without moments
@@ -84,7 +85,7 @@ class Stabilizer:
         self._optimizer = optimizer
         self._options = options
         self._trackers: dict[Tensor, State] = {}
-        self._last_step: dict[Tensor, dict[str, Tensor]] = {}
+        self._last_step: list[Result] = []
         self._found: dict[Tensor, Tensor] = {}  # the gradients as they came, while the optimizer steps
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -115,12 +116,7 @@ class Stabilizer:
     @property
     def statistics(self) -> dict[str, Tensor]:
         """What the last step saw, as `StableSPAM.statistics` has it; empty before the first step."""
-        if not self._last_step:
-            return {}
-        example = next(iter(self._last_step.values()))
-        zeros = {name: torch.zeros_like(value) for name, value in example.items()}
-        rows = [self._last_step.get(param, zeros) for param in self._params()]
-        return {name: torch.stack([row[name].to(zeros[name]) for row in rows]) for name in example}
+        return ordered(self._last_step, self._params())
 
     def _params(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self._optimizer.param_groups))
@@ -145,7 +141,7 @@ class Stabilizer:
     @torch.no_grad()
     def _replace_gradients(self) -> None:
         self._adopt_loaded()
-        self._last_step, self._found = {}, {}
+        self._last_step, self._found = [], {}
         params = [param for param in self._params() if param.grad is not None and param.numel() > 0]
         for param in params:
             _check_gradient(param)
@@ -156,7 +152,8 @@ class Stabilizer:
             grad, plan, row = stabilized(found, state, self._options)
             for name, value in plan.trackers._asdict().items():
                 state[name].copy_(value)
-            self._last_step[param], self._found[param] = row, found
+            self._last_step.append(Result([param], {name: value.view(1) for name, value in row.items()}))
+            self._found[param] = found
             param.grad = without_nonfinite(grad.to(found.dtype), plan.finite)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -249,12 +246,7 @@ def _check_optimizer(optimizer: Any) -> None:
 
 
 def _check_gradient(param: Tensor) -> None:
-    assert param.grad is not None
-    if param.grad.layout != torch.strided:
-        raise ValueError(
-            f"gradients must be dense, got {param.grad.layout} for a parameter of shape {tuple(param.shape)}; "
-            "build the embedding with sparse=False"
-        )
+    check_dense(param)
     if hasattr(param, "device_mesh"):
         raise ValueError(
             f"stabilize needs whole parameters, got a sharded one (DTensor) of shape {tuple(param.shape)}; "

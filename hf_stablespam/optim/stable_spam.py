@@ -1,35 +1,23 @@
 """The Stable-SPAM optimizer: options, state, dispatch. The mathematics is in `formulas` and its neighbours."""
 
-from collections.abc import Callable
-from itertools import chain
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from hf_stablespam.optim.adoption import MOMENTS, SCALES, adopted, check_same_shapes, fresh_state
+from hf_stablespam.optim.base import MeasuringOptimizer
 from hf_stablespam.optim.dispatch import step_group
 from hf_stablespam.optim.galore import warn_of_clamped_rank
 from hf_stablespam.optim.galore_options import check_galore, check_targets
 from hf_stablespam.optim.low_bit import clear
-from hf_stablespam.optim.options import AUTO, check_group_names, check_real, check_stable_spam
-from hf_stablespam.optim.plan import Batch, Result
+from hf_stablespam.optim.options import AUTO, check_dense, check_stable_spam
+from hf_stablespam.optim.plan import Batch, Result, State
 from hf_stablespam.optim.sharded import set_sharded_apart, sharded_step
 
-STATISTICS = (
-    "grad_norm",
-    "grad_max",
-    "clip_threshold",
-    "clipped",
-    "norm_factor",
-    "stable_norm",
-    "nonfinite",
-    "reset",
-)
 
-
-class StableSPAM(Optimizer):
+class StableSPAM(MeasuringOptimizer):
     r"""Adam with clipped spikes, normalised gradients and reset momentum: Stable-SPAM (arXiv 2502.17055).
 
     For each parameter tensor ``w`` with gradient ``g`` at its step ``t``:
@@ -146,60 +134,35 @@ class StableSPAM(Optimizer):
             "proj_type": proj_type,
             "reset_on_switch": reset_on_switch,
         }
-        check_stable_spam(defaults)
-        check_galore(defaults)
-        self._last_step: list[Result] = []
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own; what a group does not name it takes from the constructor.
+    def _check_options(self, options: dict[str, Any]) -> None:
+        check_stable_spam(options)
+        check_galore(options)
 
-        Raises:
-            ValueError: for an option out of its range or a complex parameter.
-            TypeError: for a misspelt option.
-        """
-        if isinstance(param_group, dict):
-            check_group_names(param_group, self.defaults)
-            check_stable_spam({**self.defaults, **param_group})
-            check_galore({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        try:
-            check_real(self.param_groups[-1]["params"])
-            check_targets(param_group)
-        except ValueError:
-            self.param_groups.pop()
-            raise
-        if (rank := self.param_groups[-1]["rank"]) is not None:
-            warn_of_clamped_rank(self.param_groups[-1]["params"], rank)
+    def _check_params(self, group: dict[str, Any]) -> None:
+        super()._check_params(group)
+        if group["rank"] is not None:
+            check_targets(group)
+            warn_of_clamped_rank(group["params"], group["rank"])
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
+    def _fresh_state(self, param: Tensor, group: dict[str, Any]) -> State:
+        return fresh_state(param, group)
 
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Perform one step of optimization.
-
-        Args:
-            closure: re-evaluates the model and returns the loss, if the loss is to be returned.
-
-        Raises:
-            ValueError: for a sparse gradient, and for ``decay_steps="auto"`` outside the Trainer.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _update(self) -> list[Result]:
         for group in self.param_groups:
             check_before_step(group)
-        batches = [(self._batch(group), group) for group in self.param_groups]
-        batches, sharded = set_sharded_apart(batches)
-        self._last_step = sharded_step(sharded)
+        batches, sharded = set_sharded_apart([(self._batch(group), group) for group in self.param_groups])
+        results = sharded_step(sharded)
         for batch, group in batches:
-            self._last_step += step_group(batch, group)
-        return loss
+            results += step_group(batch, group)
+        return results
+
+    def _before_loading(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return adopted(state_dict, self.param_groups)
+
+    def _check_saved(self, index: Any, fresh: State, saved: dict[str, Any]) -> None:
+        check_same_shapes(index, fresh, saved)
 
     @torch.no_grad()
     def reset_moments(self) -> None:
@@ -224,86 +187,13 @@ class StableSPAM(Optimizer):
                 if name in state:
                     state[name].fill_(1)
 
-    @property
-    def statistics(self) -> dict[str, Tensor]:
-        """What the last step saw: for each name a float vector with one entry per parameter, on their device.
-
-        Entries follow the parameters of `param_groups`; a parameter without gradient has zeros. Empty before the
-        first step.
-
-        * ``grad_norm``, ``grad_max``: ``‖g‖₂`` and ``max|g|`` as the gradient came;
-        * ``clip_threshold``, ``clipped``: ``T̂``, and how many entries were above it;
-        * ``norm_factor``: AdaGN's ``c/n``; ``stable_norm``: the norm of the gradient that entered the moments;
-        * ``nonfinite``: 1 where the gradient was not finite, so that the tensor was passed over;
-        * ``reset``: 1 where ``reset_interval`` reset the moments in this step.
-        """
-        if not self._last_step:
-            return {}
-        device = self._last_step[0].statistics["grad_norm"].device
-        seen = [param for result in self._last_step for param in result.params]
-        columns = {
-            name: torch.cat([result.statistics[name].to(device) for result in self._last_step]) for name in STATISTICS
-        }
-        # without a gradient: an entry past the end of what was seen, where a zero is put
-        position = {param: index for index, param in enumerate(seen)}
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        order = torch.tensor([position.get(param, len(seen)) for param in params], device=device)
-        return {name: torch.cat([column, column.new_zeros(1)])[order] for name, column in columns.items()}
-
-    @torch._disable_dynamo
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state saved by `state_dict`, or by `torch.optim.AdamW`; every tensor keeps its dtype.
-
-        As with every torch optimizer the saved `param_groups` replace the options given to the constructor; options
-        that were not saved keep their values. A run of AdamW is continued from its step and with its moments, and
-        one line of the log says so (see `hf_stablespam.optim.adoption`; its step count is read back to the host once).
-
-        Args:
-            state_dict: what `state_dict` returned.
-
-        Raises:
-            ValueError: if a parameter's state lacks what the next step needs, naming it.
-        """
-        loaded: dict[str, Any] = {}
-
-        def prepare(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            loaded.update(adopted(state_dict, self.param_groups))
-            return loaded
-
-        # torch casts what it loads to the parameter's dtype: bfloat16 trackers would stall, counters lose digits
-        hooks = [
-            self.register_load_state_dict_pre_hook(prepare),
-            self.register_load_state_dict_post_hook(lambda _: self._restore_dtypes(loaded), prepend=True),
-        ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
-        saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        pairs = [(param, group) for group in self.param_groups for param in group["params"]]
-        for saved_id, (param, group) in zip(saved_ids, pairs, strict=True):
-            if saved_id in state_dict["state"]:
-                fresh, saved = fresh_state(param, group), state_dict["state"][saved_id]
-                check_same_shapes(saved_id, fresh, saved)
-                self.state[param] = {name: fresh[name].copy_(saved[name]) for name in fresh}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._last_step = []
-        for group in self.param_groups:
-            for name, default in self.defaults.items():
-                group.setdefault(name, default)
-
     def _batch(self, group: dict[str, Any]) -> Batch:
         """The parameters that this step updates, with their states, which begin to exist here."""
         batch = Batch([], [], [])
         for param in group["params"]:
             if param.grad is not None and param.numel() > 0:
                 if not self.state[param]:
-                    self.state[param] = fresh_state(param, group)
+                    self.state[param] = self._fresh_state(param, group)
                 batch.params.append(param)
                 batch.grads.append(param.grad)
                 batch.states.append(self.state[param])
@@ -322,8 +212,4 @@ def check_before_step(group: dict[str, Any]) -> None:
             "the Trainer puts the run's number in, elsewhere pass it yourself"
         )
     for param in group["params"]:
-        if param.grad is not None and (layout := param.grad.layout) != torch.strided:
-            raise ValueError(
-                f"gradients must be dense, got {layout} for a parameter of shape {tuple(param.shape)}; "
-                "build the embedding with sparse=False"
-            )
+        check_dense(param)

@@ -1,5 +1,7 @@
 """`torch.compile` takes the step whole, and the compiled step does what the plain one does."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -8,20 +10,29 @@ from hf_stablespam.optim.adoption import fresh_state
 from hf_stablespam.optim.single_tensor import stable_spam_step
 from tests.optim.common import gradients, parameters, train
 
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None,
+    reason="inductor compiles C++ for the CPU, and there is neither g++ nor clang++",
+)
+
 
 @pytest.mark.slow
-def test_the_step_compiles_to_one_graph_and_trains_alike():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+def test_the_step_compiles_and_trains_alike(backend):
     torch._dynamo.reset()
-    compiled, plain = parameters((6, 5), (3,)), parameters((6, 5), (3,))
+    torch._dynamo.utils.counters.clear()
+    shapes = [(6, 5), (3,)] if backend == "aot_eager" else [(6, 5)]  # one tensor takes the C++ compiler long enough
+    compiled, plain = parameters(*shapes), parameters(*shapes)
     rows = gradients(plain, 5, spike_every=2)
     options = {"lr": 1e-2, "reset_interval": 3, "decay_steps": 4}
     train(plain, rows, foreach=False, fused=False, **options)
     optimizer = StableSPAM(compiled, **options)
-    step = torch.compile(optimizer.step, backend="aot_eager")
+    step = torch.compile(optimizer.step, backend=backend)
     for row in rows:
         for param, grad in zip(compiled, row, strict=True):
             param.grad = grad.clone()
         step()
+    assert not torch._dynamo.utils.counters["graph_break"]
     for one, other in zip(compiled, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from hf_stablespam.optim import StableSPAM, cpu_direct, cpu_scratch, pieces
+from hf_stablespam.optim import StableSPAM, cpu_scratch, cpu_sweep, fused_cpu, pieces
 from hf_stablespam.optim.dispatch import choose_path, loop_step
 from hf_stablespam.optim.fused_cpu import fused_cpu_step
 from tests.optim.common import TOLERANCE, assert_identical, gradients, parameters, snapshot, train
@@ -15,11 +15,12 @@ SHAPES = [(37, 21), (130,), (), (3, 4, 5), (64,)]
 
 @pytest.fixture(params=["direct", "scratch"])
 def update(request, monkeypatch):
-    """Small tensors made to take the road of large ones, cut into many pieces of many blocks."""
-    monkeypatch.setattr(cpu_direct, "SMALL", 0 if request.param == "direct" else 1 << 60)
-    monkeypatch.setattr(pieces, "BLOCK", 8)
-    monkeypatch.setattr(pieces, "PIECE", 64)
-    monkeypatch.setattr(cpu_scratch, "PIECE", 64)
+    """One of the two updates, on tensors cut into many pieces of many blocks."""
+    if request.param == "scratch":
+        monkeypatch.setattr(fused_cpu, "direct_coefficients", lambda *_: None)
+    for module in (pieces, cpu_sweep, cpu_scratch):
+        for name, size in {"BLOCK": 8, "PIECE": 64, "LONG": 128}.items():
+            monkeypatch.setattr(module, name, size, raising=hasattr(module, name))
     return request.param
 
 
@@ -39,9 +40,19 @@ def test_both_updates_follow_the_reference(update, dtype, maximize):
 
 
 def test_the_direct_update_was_direct_and_the_other_not(update):
-    params = parameters((40, 40))
+    params = parameters((200, 100))
     optimizer = train(params, gradients(params, 3))
     assert (optimizer.state[params[0]]["exp_avg_scale"] != 1) == (update == "direct")
+
+
+def test_small_tensors_show_their_true_moments(update):
+    params = parameters((100, 100))
+    state = train(params, gradients(params, 3)).state[params[0]]
+    twins = parameters((100, 100))
+    by_loop = train(twins, gradients(twins, 3), foreach=False, fused=False).state[twins[0]]
+    assert state["exp_avg_scale"] == state["exp_avg_sq_scale"] == 1
+    for name in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(state[name], by_loop[name], rtol=1e-4, atol=1e-9)
 
 
 def test_large_tensors_are_updated_directly():
@@ -53,6 +64,24 @@ def test_large_tensors_are_updated_directly():
     by_loop = train(moments, gradients(params, 2), foreach=False, fused=False).state[moments[0]]
     for name in ("exp_avg", "exp_avg_sq"):
         torch.testing.assert_close(state[name] * state[f"{name}_scale"], by_loop[name], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spikes", [1, 5, cpu_sweep.MANY, cpu_sweep.MANY + 1, 37 * 21 // 2], ids="{} spikes".format)
+def test_few_and_many_spikes_are_counted_and_clipped_as_by_the_loop(update, spikes, dtype):
+    params, twins = parameters((37, 21), dtype=dtype), parameters((37, 21), dtype=dtype)
+    rows = gradients(params, 8)
+    for row in rows[3::2]:
+        places = torch.randperm(37 * 21, generator=torch.Generator().manual_seed(spikes))[:spikes]
+        row[0].view(-1)[places] = (torch.arange(spikes) % 3 + 1).to(dtype) * (-1) ** torch.arange(spikes)
+    optimizer, loop = (StableSPAM(ps, lr=1e-2, fused=fused) for ps, fused in ((params, True), (twins, False)))
+    for row in rows:
+        train(params, [row], optimizer)
+        train(twins, [row], loop)
+        for name in ("clipped", "stable_norm", "clip_threshold"):
+            torch.testing.assert_close(optimizer.statistics[name], loop.statistics[name], rtol=1e-5, atol=0)
+    rtol, atol = TOLERANCE[dtype]
+    torch.testing.assert_close(params[0], twins[0], rtol=rtol, atol=10 * atol)
 
 
 @pytest.mark.parametrize("values", ["zeros", "tiny", "all spikes", "one sign"])

@@ -1,5 +1,6 @@
 """Moments in 8 and 4 bits: torchao's storage, its size, its error, and a run that resumes to the bit."""
 
+import copy
 import io
 import pickle
 import sys
@@ -208,3 +209,21 @@ def test_without_torchao_the_error_names_the_command(monkeypatch):
     StableSPAM(parameters((3, 2)))
     with pytest.raises(ImportError, match=r"state_bits=8 needs torchao; install it with: pip install .*\[lowbit\]"):
         StableSPAM(parameters((3, 2)), state_bits=8)
+
+
+@both
+@pytest.mark.parametrize("what", ["optimizer", "state dict"])
+def test_a_deep_copy_goes_on_by_itself(bits, what):
+    params = parameters(*SHAPES)
+    rows = gradients(params, 6)
+    optimizer = train(params, rows[:3], state_bits=bits, **OPTIONS)
+    if what == "optimizer":
+        twin = copy.deepcopy(optimizer)
+    else:
+        twin = StableSPAM([torch.nn.Parameter(param.detach().clone()) for param in params], state_bits=bits, **OPTIONS)
+        twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    before = bits_of(twin)
+    train(params, rows[3:], optimizer)
+    assert all(torch.equal(*pair) for pair in zip(bits_of(twin), before, strict=True))
+    train(twin.param_groups[0]["params"], rows[3:], twin)
+    assert all(torch.equal(*pair) for pair in zip(bits_of(twin), bits_of(optimizer), strict=True))

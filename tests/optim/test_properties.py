@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_stablespam.optim import StableSPAM, cpu_direct
+from hf_stablespam.optim import StableSPAM, fused_cpu
 from tests.optim.common import PATHS
 
 SHAPES = [(), (0,), (1,), (7,), (3, 0), (5, 6), (33, 40), (2, 3, 4, 5)]
@@ -81,7 +81,7 @@ def run(tensors, steps, dtype, options, path, late):
     return params, optimizer
 
 
-@pytest.mark.parametrize("large", [False, True], ids=["small", "as if large"])
+@pytest.mark.parametrize("direct", [False, True], ids=["by copies", "direct"])
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tensors=st.lists(tensor_strategy, min_size=3, max_size=3),
@@ -90,12 +90,14 @@ def run(tensors, steps, dtype, options, path, late):
     options=options_strategy,
     late=st.booleans(),
 )
-def test_never_a_nan_and_all_paths_agree(large, tensors, steps, dtype, options, late):
-    small, cpu_direct.SMALL = cpu_direct.SMALL, 0 if large else cpu_direct.SMALL
+def test_never_a_nan_and_all_paths_agree(direct, tensors, steps, dtype, options, late):
+    coefficients = fused_cpu.direct_coefficients
     try:
+        if not direct:
+            fused_cpu.direct_coefficients = lambda *_: None
         results = {name: run(tensors, steps, dtype, options, path, late) for name, path in PATHS.items()}
     finally:
-        cpu_direct.SMALL = small
+        fused_cpu.direct_coefficients = coefficients
     expected, by_loop = results["loop"]
     step_size = max(options["lr"], 1e-3 if late else 0) * len(steps)
     bound = {torch.float64: 1e-9, torch.float32: 1e-3 * step_size + 1e-6}.get(dtype, 0.04 + step_size)

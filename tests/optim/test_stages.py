@@ -3,19 +3,20 @@
 import pytest
 import torch
 
-from hf_stablespam.optim import cpu_direct, plan
+from hf_stablespam.optim import cpu_direct, fused_cpu, plan
 from hf_stablespam.optim import formulas as equations
+from hf_stablespam.optim.numbers import constant
 from tests.optim.common import PATHS, assert_identical, parameters, snapshot, train
 from tests.optim.test_golden import FILES, load
 
-ALL_PATHS = {**PATHS, "fused, large": {"fused": True}}
+ALL_PATHS = {**PATHS, "fused, by copies": {"fused": True}}
 
 REMOVED = {
-    "clip": ("clip_threshold", lambda t, grad_max, step, clip_beta: (t, torch.full_like(grad_max, torch.inf))),
-    "normalise": ("norm_factor", lambda target, norm: torch.ones_like(norm)),
-    "reset": ("is_reset_step", lambda step, interval: torch.zeros_like(step, dtype=torch.bool)),
+    "clip": ("clip_threshold", lambda t, grad_max, step, clip_beta: (t, constant(torch.inf, grad_max))),
+    "normalise": ("norm_factor", lambda target, norm: constant(1, norm)),
+    "reset": ("is_reset_step", lambda step, interval: step < 0),
     "decay": ("cosine_decay", lambda step, steps, floor: 1.0),
-    "bias correction": ("bias_correction", lambda beta, step: torch.ones_like(step)),
+    "bias correction": ("bias_correction", lambda beta, step: constant(1, step)),
     "debiasing of the threshold": (
         "clip_threshold",
         lambda t, grad_max, step, clip_beta: ((new := clip_beta * t + (1 - clip_beta) * grad_max), new),
@@ -27,8 +28,8 @@ SHOWS = {"reset": "reset", "decay": "reset_decay_wd"}
 
 @pytest.fixture(params=ALL_PATHS)
 def path(request, monkeypatch):
-    if request.param == "fused, large":
-        monkeypatch.setattr(cpu_direct, "SMALL", 0)
+    if request.param == "fused, by copies":
+        monkeypatch.setattr(fused_cpu, "direct_coefficients", lambda *_: None)
     return ALL_PATHS[request.param]
 
 
@@ -47,14 +48,14 @@ def test_with_all_stages_every_path_ends_where_the_golden_trajectories_end(path,
 
 @pytest.mark.parametrize("stage", REMOVED)
 def test_without_one_stage_it_does_not(path, stage, monkeypatch):
-    if stage == "bias correction":  # small tensors on the fused path leave it to PyTorch: there it cannot be removed
-        monkeypatch.setattr(cpu_direct, "SMALL", 0)
+    if stage == "bias correction":  # on copies PyTorch's AdamW corrects by itself: there it cannot be removed
+        monkeypatch.setattr(fused_cpu, "direct_coefficients", cpu_direct.direct_coefficients)
     monkeypatch.setattr(plan, *REMOVED[stage])
     assert largest_error(SHOWS.get(stage, "no_reset"), path) > 1e-5
 
 
 def test_without_the_bias_correction_of_the_trackers_it_does_not(path, monkeypatch):
-    monkeypatch.setattr(equations, "bias_correction", lambda beta, step: torch.ones_like(step))
+    monkeypatch.setattr(equations, "bias_correction", lambda beta, step: constant(1, step))
     assert largest_error("no_reset", path) > 1e-5
 
 
@@ -67,6 +68,6 @@ def test_without_the_non_finite_guard_a_bad_gradient_spoils_the_tensor(path, mon
         return before, snapshot(optimizer)
 
     assert_identical(*after_a_bad_gradient())
-    monkeypatch.setattr(plan, "is_usable", lambda norm: torch.ones_like(norm, dtype=torch.bool))
+    monkeypatch.setattr(plan, "is_usable", lambda norm: constant(1, norm) > 0)
     before, after = after_a_bad_gradient()
     assert any(not torch.equal(before[0][name], after[0][name]) for name in before[0])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_stablespam.optim import StableSPAM
-from tests.optim.common import PATHS, gradients, parameters, snapshot, train
+from tests.optim.common import PATHS, assert_identical, gradients, parameters, snapshot, train
 from tests.reference.stable_spam import Hyperparameters, Reference
 
 OFF = {"clip_beta": None, "norm_betas": None, "reset_interval": None}
@@ -170,3 +170,14 @@ def test_statistics_name_what_happened(path):
     assert statistics["nonfinite"].tolist() == [0, 1, 0]
     assert statistics["norm_factor"][2] == 0
     assert statistics["clipped"].tolist() == [0, 0, 0]
+
+
+@paths
+def test_a_reset_from_outside_is_the_interval_to_the_bit(path):
+    own, outside = parameters((200, 100), (30,)), parameters((200, 100), (30,))
+    rows = gradients(own, 6)
+    expected = train(own, rows, reset_interval=4, **path)
+    optimizer = train(outside, rows[:3], reset_interval=None, **path)
+    optimizer.reset_moments()
+    train(outside, rows[3:], optimizer)
+    assert_identical(snapshot(optimizer), snapshot(expected))

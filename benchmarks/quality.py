@@ -1,0 +1,133 @@
+"""Which optimizer and which 4-bit format train a Llama best: a queue of pretrainings, and the tables of their record.
+
+    python benchmarks/quality.py --list                       # the studies, and how many runs of each are still to do
+    python benchmarks/quality.py --studies pairs formats      # run what is missing of two of them
+    python benchmarks/quality.py --part 1/2                   # everything, every second run: the other half elsewhere
+    python benchmarks/quality.py --table                      # run nothing, print what is on record
+    python benchmarks/quality.py --studies at_scale --model_size 60m --data allenai/c4 --steps 10000 --bf16
+
+Each finished run is appended to results/quality.csv at once, and runs that are there are not repeated: stop it when
+you like and go on later. A run of 500 steps of the demo's model (1.3 million parameters, 16 × 128 tokens a step) takes
+about three minutes on one core; all studies are about 180 runs. Whoever wins, wins: diverged runs are rows as well.
+"""
+
+import argparse
+import csv
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import astuple, replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import _record
+from benchmarks.quality_runs import STANDARD_LIBRARY, Run
+from benchmarks.quality_studies import AT_SCALE_RATE, ON_CPU, STUDIES, Record
+from benchmarks.quality_tables import tables
+
+NAME = "quality"
+TRIAL_STEPS = 10
+
+
+def read_record() -> Record:
+    """Every run on record, with its row; of runs made twice the last."""
+    path = _record.RESULTS / f"{NAME}.csv"
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {Run.from_row(row): row for row in csv.DictReader(file)}
+
+
+def missing(studies: list[str], base: Run, record: Record) -> Iterator[Run]:
+    """Runs that the studies ask for now and that are not on record, in their order, each once."""
+    seen = set(record)
+    for name in studies:
+        for run in STUDIES[name](base, record):
+            if run not in seen:
+                seen.add(run)
+                yield run
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """`1/2` → (1, 2)."""
+    try:
+        part, parts = (int(word) for word in text.split("/"))
+    except ValueError:
+        part, parts = 0, 0
+    if not 1 <= part <= parts:
+        raise argparse.ArgumentTypeError(f"part must look like 1/2: which of how many, got {text!r}")
+    return part, parts
+
+
+def is_mine(run: Run, part: int, parts: int) -> bool:
+    """Divides the runs among processes that know nothing of each other."""
+    return zlib.crc32(repr(astuple(run)).encode()) % parts == part - 1
+
+
+def work(studies: list[str], base: Run, part: int, parts: int, at_most: int | None) -> int:
+    """Run what is missing, the record read anew before each; the number of runs made."""
+    made = 0
+    while at_most is None or made < at_most:
+        run = next((run for run in missing(studies, base, read_record()) if is_mine(run, part, parts)), None)
+        if run is None:
+            break
+        row = run.train()
+        _record.append_rows(NAME, [row])
+        made += 1
+        print(f"{run.method} {run.precision} lr={run.learning_rate:g} seed={run.seed}: {row['eval_loss']}", flush=True)
+    return made
+
+
+def steps_within(minutes: float, base: Run) -> int:
+    """Steps that the slowest setting of `at_scale` makes in so many minutes, by a trial of a few."""
+    trial = replace(base, steps=TRIAL_STEPS, learning_rate=AT_SCALE_RATE).train()
+    steps = int(60 * minutes / trial["seconds_per_step"])
+    print(f"{trial['seconds_per_step']} s a step: {steps} steps in {minutes:g} minutes", flush=True)
+    return max(steps, 1)
+
+
+def parse(command_line: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=ON_CPU, help="default: all but at_scale")
+    parser.add_argument("--steps", type=int, default=500, help="update steps of each run")
+    parser.add_argument("--model_size", default="tiny", help="as in examples/pretrain.py")
+    parser.add_argument("--data", default=STANDARD_LIBRARY, help="standard_library, torch_headers, or a data set")
+    parser.add_argument("--batch_size", type=int, default=16, help="sequences a step")
+    parser.add_argument("--block_size", type=int, default=128, help="tokens a sequence")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision")
+    parser.add_argument("--part", type=part_of, default=(1, 1), help="such as 1/2: only the first half of the runs")
+    parser.add_argument("--at_most", type=int, default=None, help="stop after so many runs")
+    parser.add_argument(
+        "--minutes", type=float, help="as many steps as a run of so many minutes has, instead of --steps"
+    )
+    parser.add_argument("--results", type=Path, help="folder of the CSV file; default: the committed one")
+    parser.add_argument("--list", action="store_true", help="run nothing, say what is to do")
+    parser.add_argument("--table", action="store_true", help="run nothing, print what is on record")
+    return parser.parse_args(command_line)
+
+
+def main(command_line: list[str] | None = None) -> None:
+    options = parse(command_line)
+    _record.RESULTS = options.results or _record.RESULTS
+    names = ("steps", "data", "model_size", "batch_size", "block_size", "bf16")
+    base = Run("stable_spam", "int4", 3e-3, **{name: getattr(options, name) for name in names})
+    if options.minutes is not None:
+        base = replace(base, steps=steps_within(options.minutes, base))
+    if options.list:
+        record = read_record()
+        for name in options.studies:
+            runs = list(dict.fromkeys(STUDIES[name](base, record)))
+            left = sum(run not in record for run in runs)
+            print(f"{name:12s} {len(runs) - left:3d} done {left:3d} to do  {STUDIES[name].__doc__}")
+        return
+    if not options.table:
+        torch.set_float32_matmul_precision("highest")
+        work(options.studies, base, *options.part, options.at_most)
+    print(tables(options.studies, base, read_record()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The optimizers and the precisions that the quality benchmark compares."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from stabilize_lion import Lion
+
+from hf_stablespam import FourBitConfig
+from tests.reference.official_stable_spam import OfficialStableSPAM
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimizer as the Trainer's arguments ask for it, and the learning rates at which it is tried."""
+
+    optim: str = "stable_spam"
+    optim_args: str | None = None
+    targets: str | None = None  # optim_target_modules, for GaLore
+    clip: float = 0.0  # the Trainer's own max_grad_norm
+    stabilized: bool = False
+    own: type[torch.optim.Optimizer] | None = None  # built here, because the Trainer has no name for it
+    rates: tuple[float, ...] = (5e-4, 1e-3, 3e-3, 1e-2, 2e-2)
+    arguments: dict[str, Any] = field(default_factory=dict)  # further TrainingArguments
+
+    def optimizer(self, model: torch.nn.Module, learning_rate: float, steps: int) -> torch.optim.Optimizer | None:
+        if self.own is None:
+            return None
+        options: dict[str, Any] = {"lr": learning_rate}
+        if self.own is OfficialStableSPAM:
+            options |= {"reset_interval": int(str(self.optim_args).removeprefix("reset_interval=")), "decay": steps}
+        return self.own(model.parameters(), **options)
+
+
+TARGETS = r".*\.(self_attn|mlp)\..*_proj"
+GALORE = "rank=32,update_proj_gap=50,scale=0.25"
+PLAIN = "clip_beta=none,norm_betas=none,reset_interval=none,decay_steps=none"
+GALORE_RATES, LION_RATES = (3e-3, 1e-2, 3e-2), (5e-5, 1e-4, 3e-4, 1e-3, 2e-3)
+RESET = "reset_interval=200"  # in runs of 500 steps: the proportion of the paper's short runs
+FASTER = {"adam_beta2": 0.95}  # the second moment's memory in most language models since GPT-3
+SPAM_ARGUMENTS = "reset_interval=200,warmup_steps=60"
+
+
+def _galore(options: str) -> Method:
+    return Method(optim_args=f"{GALORE},{options}", targets=TARGETS, rates=GALORE_RATES)
+
+
+METHODS = {
+    "adamw": Method("adamw_torch"),
+    "adamw_clipped": Method("adamw_torch", clip=1.0),
+    "adamw_beta95": Method("adamw_torch", arguments=FASTER),
+    "adamw_clipped_beta95": Method("adamw_torch", clip=1.0, arguments=FASTER),
+    "adamw_stabilized": Method("adamw_torch", stabilized=True),
+    "adafactor": Method("adafactor"),
+    "spam": Method("spam", SPAM_ARGUMENTS, arguments={"adam_epsilon": 1e-6}),
+    "lion": Method("sgd", own=Lion, rates=LION_RATES),
+    "lion_clipped": Method("sgd", own=Lion, clip=1.0, rates=LION_RATES),
+    "lion_stabilized": Method("sgd", own=Lion, stabilized=True, rates=LION_RATES),
+    "galore": _galore(PLAIN),
+    "galore_stable_spam": _galore("reset_interval=none"),
+    # Stable-SPAM as it comes: no reset falls into 500 steps, the decay runs over them
+    "stable_spam": Method(),
+    "stable_spam_8bit": Method(optim_args="state_bits=8"),
+    "stable_spam_4bit": Method(optim_args="state_bits=4"),
+    # its parts: each left out, each alone
+    "stable_spam_reset": Method(optim_args=RESET),
+    "without_clip": Method(optim_args=f"{RESET},clip_beta=none"),
+    "without_norm": Method(optim_args=f"{RESET},norm_betas=none"),
+    "without_decay": Method(optim_args=f"{RESET},decay_steps=none"),
+    "only_clip": Method(optim_args="norm_betas=none,reset_interval=none,decay_steps=none"),
+    "only_norm": Method(optim_args="clip_beta=none,reset_interval=none,decay_steps=none"),
+    "only_reset": Method(optim_args=f"{RESET},clip_beta=none,norm_betas=none,decay_steps=none"),
+    "only_decay": Method(optim_args="clip_beta=none,norm_betas=none,reset_interval=none"),
+    # resets: how often, and as the official code does them
+    "stable_spam_reset100": Method(optim_args="reset_interval=100"),
+    "official_reset100": Method("sgd", "reset_interval=100", own=OfficialStableSPAM),
+    "official_reset200": Method("sgd", RESET, own=OfficialStableSPAM),
+    # candidates for better defaults
+    "stable_spam_beta95": Method(arguments=FASTER),
+    "stable_spam_slow_norm": Method(optim_args="norm_betas=0.85:0.999"),
+    "stable_spam_beta95_slow_norm": Method(optim_args="norm_betas=0.85:0.999", arguments=FASTER),
+    "stable_spam_floor25": Method(optim_args="decay_floor=0.25"),
+    "stable_spam_floor75": Method(optim_args="decay_floor=0.75"),
+    "stable_spam_clip99": Method(optim_args="clip_beta=0.99"),
+}
+
+PRECISIONS: dict[str, FourBitConfig | None] = {
+    "full": None,
+    "int4": FourBitConfig(weight="int4", activation="int4"),
+    "int4_no_outliers": FourBitConfig(weight="int4", activation="int4", activation_outliers=0),
+    "int4_asym": FourBitConfig(weight="int4_asym", activation="int4"),
+    # without kept weights its 15 levels are those of int4, so this is the paper's FP4 as it was meant
+    "fp4_e1m2": FourBitConfig(weight="fp4_e1m2", activation="fp4_e1m2", weight_outliers=2),
+    "mxfp4": FourBitConfig(weight="mxfp4", activation="mxfp4"),
+    "nvfp4": FourBitConfig.nvfp4(),
+    "nvfp4_4or6": FourBitConfig(weight="nvfp4", activation="nvfp4", four_over_six=True),
+    "nvfp4_gradient": FourBitConfig.nvfp4(gradient=True),
+}

@@ -1,0 +1,100 @@
+"""The figures of the quality benchmark, drawn from its record.
+
+python benchmarks/quality_plots.py            # docs/images/learning-rates.png and steps.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.quality import read_record
+from benchmarks.quality_methods import METHODS
+from benchmarks.quality_runs import Run
+from benchmarks.quality_studies import DEFAULT_RATE, SEEDS, SWEPT, Record, loss_of
+from benchmarks.quality_tables import curve
+
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+# The palette of Okabe and Ito, which the colour-blind can tell apart
+COLORS = dict(zip(SWEPT, ("#E69F00", "#0072B2", "#999999", "#009E73", "#CC79A7", "#D55E00"), strict=True))
+LABELS = {
+    "adamw_clipped": "AdamW + clipping",
+    "stable_spam": "Stable-SPAM",
+    "adamw": "AdamW",
+    "spam": "SPAM",
+    "adafactor": "Adafactor",
+    "lion": "Lion (10 × lr)",
+}
+
+
+def learning_rates(base: Run, record: Record) -> plt.Figure:
+    """Final loss over the learning rate, per optimizer: INT4 left, full precision right."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    for axes, (precision, title) in zip(panels, (("int4", "INT4"), ("full", "full precision")), strict=True):
+        for method in SWEPT:
+            runs = [
+                replace(base, method=method, precision=precision, learning_rate=rate) for rate in METHODS[method].rates
+            ]
+            points = [(run.learning_rate, loss_of(record, run)) for run in runs if run in record]
+            scale = 10 if method == "lion" else 1
+            rates = [rate * scale for rate, loss in points if math.isfinite(loss)]
+            losses = [loss for _, loss in points if math.isfinite(loss)]
+            axes.plot(rates, losses, marker="o", label=LABELS[method], color=COLORS[method])
+        axes.set(xscale="log", xlabel="learning rate", title=title)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(f"validation loss after {base.steps} steps")
+    panels[0].legend(fontsize="small")
+    return figure
+
+
+def curves(base: Run, record: Record) -> plt.Figure:
+    """Validation loss over the steps of the demo's comparison, one line for each seed."""
+    settings = (("stable_spam", "int4"), ("adamw_clipped", "full"), ("adamw_clipped", "int4"))
+    styles = {"int4": "-", "full": "--"}
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    finals = []
+    for method, precision in settings:
+        runs = [
+            replace(base, method=method, precision=precision, learning_rate=DEFAULT_RATE, seed=seed) for seed in SEEDS
+        ]
+        lines = [curve(record[run]) for run in runs if run in record]
+        for index, line in enumerate(lines):
+            label = f"{LABELS[method]}, {'INT4' if precision == 'int4' else 'full precision'}" if index == 0 else None
+            axes.plot(*zip(*line, strict=True), styles[precision], color=COLORS[method], alpha=0.7, label=label)
+        finals += [line[-1][1] for line in lines]
+    if finals:
+        lowest = statistics.fmean(finals)
+        axes.set_ylim(min(finals) - 0.1, lowest + 1.2)
+    axes.set(xlabel="update step", ylabel="validation loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def main(command_line: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=IMAGES, help="folder of the images")
+    parser.add_argument("--steps", type=int, default=500, help="of the runs that are drawn")
+    options = parser.parse_args(command_line)
+    record, base = read_record(), Run("stable_spam", "int4", DEFAULT_RATE, steps=options.steps)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name, draw in {"learning-rates": learning_rates, "steps": curves}.items():
+        figure = draw(base, record)
+        figure.savefig(options.output / f"{name}.png", dpi=120, metadata={"Software": None})
+        plt.close(figure)
+        print(options.output / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

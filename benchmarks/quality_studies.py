@@ -1,0 +1,159 @@
+"""What the quality benchmark asks, each question as the list of runs that answers it.
+
+A study sees the record of what has been run, because some of its runs depend on others: the seeds of a method are
+run at the learning rate at which it did best.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.quality_methods import METHODS
+from benchmarks.quality_runs import TORCH_HEADERS, Run
+
+Record = Mapping[Run, dict[str, Any]]
+SEEDS = (42, 43, 44)
+HELD_OUT_SEEDS = (45, 46, 47)
+DEFAULT_RATE = 3e-3
+AT_SCALE_RATE = 1e-3  # the paper's for 60M and 130M
+SWEPT = ("adamw_clipped", "stable_spam", "adamw", "spam", "adafactor", "lion")
+# what exports and reloads plainly
+EXPORTABLE = ("int4", "int4_no_outliers", "int4_asym", "mxfp4", "nvfp4", "nvfp4_4or6")
+
+
+def loss_of(record: Record, run: Run) -> float:
+    """Validation loss on record; infinite after a divergence or where there is none."""
+    loss = float(record[run]["eval_loss"]) if run in record else math.inf
+    return loss if math.isfinite(loss) else math.inf
+
+
+def best_rate(record: Record, base: Run, rates: Iterable[float] | None = None) -> float | None:
+    """The learning rate at which the method's first seed ended lowest; None while one of the rates is to be run."""
+    runs = [replace(base, learning_rate=rate, seed=SEEDS[0]) for rate in rates or METHODS[base.method].rates]
+    if any(run not in record for run in runs):
+        return None
+    return min(runs, key=lambda run: loss_of(record, run)).learning_rate
+
+
+def over_seeds(base: Run, seeds: Iterable[int] = SEEDS) -> list[Run]:
+    """The run once for each seed."""
+    return [replace(base, seed=seed) for seed in seeds]
+
+
+def sweep(base: Run, record: Record) -> Iterator[Run]:
+    """Final loss over the learning rate, per optimizer, in full precision and in INT4 (the paper's figure 6)."""
+    for method in SWEPT:
+        for rate in METHODS[method].rates:
+            for precision in ("int4", "full"):
+                yield replace(base, method=method, precision=precision, learning_rate=rate)
+
+
+def formats(base: Run, record: Record) -> Iterator[Run]:
+    """Which of the 4-bit formats that export plainly trains best, all else equal."""
+    for seed in SEEDS:
+        for precision in EXPORTABLE:
+            yield replace(base, method="stable_spam", precision=precision, learning_rate=DEFAULT_RATE, seed=seed)
+
+
+def precision(base: Run, record: Record) -> Iterator[Run]:
+    """Stable-SPAM in 4 bits against AdamW with clipping in full precision, each at its best learning rate."""
+    for method in ("adamw_clipped", "stable_spam"):
+        for name in ("full", "int4", "fp4_e1m2", "mxfp4", "nvfp4", "nvfp4_gradient"):
+            swept = replace(base, method=method, precision="full" if name == "full" else "int4")
+            rate = best_rate(record, swept)
+            if rate is not None:
+                yield from over_seeds(replace(swept, precision=name, learning_rate=rate))
+
+
+def pairs(base: Run, record: Record) -> Iterator[Run]:
+    """The comparison of the demo over three seeds, at its one learning rate."""
+    for seed in SEEDS:
+        for method, name in (("stable_spam", "int4"), ("adamw_clipped", "full"), ("adamw_clipped", "int4")):
+            yield replace(base, method=method, precision=name, learning_rate=DEFAULT_RATE, seed=seed)
+
+
+def relatives(base: Run, record: Record) -> Iterator[Run]:
+    """The family in INT4: each at its learning rates, then three seeds at its best."""
+    names = ("spam", "galore", "galore_stable_spam", "lion_clipped", "lion", "lion_stabilized", "adamw", "stable_spam")
+    for method in names:
+        rates = METHODS[method].rates if len(METHODS[method].rates) == 3 else METHODS[method].rates[1:4]
+        own = replace(base, method=method, precision="int4")
+        yield from (replace(own, learning_rate=rate) for rate in rates)
+        rate = best_rate(record, own, rates)
+        if rate is not None:
+            yield from over_seeds(replace(own, learning_rate=rate))
+
+
+def states(base: Run, record: Record) -> Iterator[Run]:
+    """8- and 4-bit states against 32-bit ones."""
+    for seed in SEEDS:
+        for method in ("stable_spam", "stable_spam_8bit", "stable_spam_4bit"):
+            yield replace(base, method=method, precision="int4", learning_rate=DEFAULT_RATE, seed=seed)
+
+
+def ablation(base: Run, record: Record) -> Iterator[Run]:
+    """Clip, normalise, reset, decay: each left out, each alone (the paper's table 4)."""
+    without = ("stable_spam_reset", "without_clip", "without_norm", "stable_spam", "without_decay")
+    alone = ("only_clip", "only_norm", "only_reset", "only_decay", "adamw")
+    for seed in SEEDS:
+        for method in (*without, *alone):
+            yield replace(base, method=method, precision="int4", learning_rate=DEFAULT_RATE, seed=seed)
+
+
+def resets(base: Run, record: Record) -> Iterator[Run]:
+    """Our resets against the official code's."""
+    for seed in SEEDS:
+        for method in ("stable_spam_reset", "official_reset200", "stable_spam_reset100", "official_reset100"):
+            yield replace(base, method=method, precision="int4", learning_rate=DEFAULT_RATE, seed=seed)
+
+
+CANDIDATES = (
+    "stable_spam_beta95",
+    "stable_spam_slow_norm",
+    "stable_spam_beta95_slow_norm",
+    "stable_spam_floor25",
+    "stable_spam_floor75",
+    "stable_spam_clip99",
+)
+STEPS_RATES = (1e-3, 3e-3, 1e-2)
+BASELINES = ("adamw_clipped", "adamw_clipped_beta95", "adamw", "adamw_beta95")
+
+
+def candidates(base: Run, record: Record) -> Iterator[Run]:
+    """Options that could be better defaults, one seed; the two best on held-out seeds and on a second text."""
+    own = replace(base, precision="int4", learning_rate=DEFAULT_RATE)
+    tried = [replace(own, method=method) for method in ("stable_spam", *CANDIDATES)]
+    yield from tried
+    if any(run not in record for run in tried):
+        return
+    best = sorted(tried[1:], key=lambda run: loss_of(record, run))[:2]
+    for run in (tried[0], *best):
+        yield from over_seeds(run, HELD_OUT_SEEDS)
+        yield from over_seeds(replace(run, data=TORCH_HEADERS))
+
+
+def steps(base: Run, record: Record) -> Iterator[Run]:
+    """How many steps Stable-SPAM needs to AdamW's final loss in 4 bits, everyone at its best."""
+    own = replace(base, precision="int4")
+    for method in ("stable_spam", *BASELINES):
+        yield from (replace(own, method=method, learning_rate=rate) for rate in STEPS_RATES)
+        rate = best_rate(record, replace(own, method=method), STEPS_RATES)
+        if rate is not None:
+            yield from over_seeds(replace(own, method=method, learning_rate=rate))
+
+
+def at_scale(base: Run, record: Record) -> Iterator[Run]:
+    """What a larger model costs and gains: AdamW with clipping and Stable-SPAM, in full precision and INT4."""
+    for method, name in itertools.product(("adamw_clipped", "stable_spam"), ("full", "int4")):
+        yield replace(base, method=method, precision=name, learning_rate=AT_SCALE_RATE)
+
+
+STUDIES: dict[str, Callable[[Run, Record], Iterator[Run]]] = {
+    study.__name__: study
+    for study in (pairs, formats, relatives, states, sweep, precision, steps, ablation, resets, candidates, at_scale)
+}
+ON_CPU = tuple(name for name in STUDIES if name != "at_scale")

@@ -1,0 +1,129 @@
+"""The tables of the quality benchmark, made from its record alone."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+from benchmarks.quality_runs import Run
+from benchmarks.quality_studies import BASELINES, STEPS_RATES, STUDIES, Record, best_rate, loss_of, over_seeds
+
+
+class Summary(NamedTuple):
+    """One setting over its seeds."""
+
+    run: Run  # with the lowest seed
+    losses: list[float]  # one for each seed, a divergence infinite
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.losses)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation over the seeds; nan for one seed or a divergence."""
+        enough = len(self.losses) > 1 and math.isfinite(self.mean)
+        return statistics.stdev(self.losses) if enough else math.nan
+
+
+def summaries(runs: Iterable[Run], record: Record) -> list[Summary]:
+    """The settings among these runs that are on record, the lowest mean first."""
+    settings: dict[Run, list[float]] = {}
+    for run in dict.fromkeys(runs):
+        if run in record:
+            settings.setdefault(replace(run, seed=0), []).append(loss_of(record, run))
+    found = [Summary(setting, losses) for setting, losses in settings.items()]
+    return sorted(found, key=lambda summary: summary.mean)
+
+
+def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown; all columns but the first two are numbers."""
+    names = list(columns)
+    rule = ["---", "---", *["---:"] * (len(names) - 2)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (names, rule, *rows))
+
+
+def number(value: float, digits: int = 3) -> str:
+    """For a cell of a table."""
+    if math.isnan(value):
+        return "–"
+    return "diverged" if math.isinf(value) else f"{value:.{digits}f}"
+
+
+def table(study: str, base: Run, record: Record) -> str:
+    """One study: mean, spread and perplexity of each setting."""
+    rows = []
+    for summary in summaries(STUDIES[study](base, record), record):
+        run, losses = summary.run, summary.losses
+        perplexity = math.exp(summary.mean) if summary.mean < 700 else math.inf
+        where = "" if run.data == base.data else f" on {run.data}"
+        rows.append(
+            (
+                f"`{run.method}`{where}",
+                run.precision,
+                f"{run.learning_rate:g}",
+                str(len(losses)),
+                number(summary.mean),
+                number(summary.deviation),
+                number(min(losses)),
+                number(max(losses)),
+                number(perplexity, 1),
+            )
+        )
+    columns = ("optimizer", "precision", "lr", "seeds", "loss", "± std", "lowest", "highest", "perplexity")
+    return markdown(columns, rows)
+
+
+def curve(row: Mapping[str, str]) -> list[tuple[int, float]]:
+    """Steps and validation losses along a run."""
+    points = (point.split(":") for point in row["curve"].split())
+    return [(int(step), float(loss)) for step, loss in points]
+
+
+def steps_to(loss: float, points: list[tuple[int, float]]) -> float:
+    """Where a curve first falls to this loss, interpolated between its points; infinite if it never does."""
+    before = None
+    for step, value in points:
+        if value <= loss:
+            if before is None or before[1] == value:
+                return step
+            return before[0] + (step - before[0]) * (before[1] - loss) / (before[1] - value)
+        before = (step, value)
+    return math.inf
+
+
+def steps_table(base: Run, record: Record) -> str:
+    """The share of its steps that Stable-SPAM needs to each AdamW's final loss, seed by seed, all in INT4."""
+    rows = []
+    ours = _at_best(replace(base, method="stable_spam"), record)
+    for method in BASELINES:
+        theirs = _at_best(replace(base, method=method), record)
+        pairs = [pair for pair in zip(theirs, ours, strict=True) if all(run in record for run in pair)]
+        shares = [_share_of_steps(*(curve(record[run]) for run in pair)) for pair in pairs]
+        if shares:
+            each = ", ".join("never" if math.isinf(share) else f"{share:.2f}" for share in shares)
+            rate = f"{theirs[0].learning_rate:g}"
+            rows.append((f"`{method}`", rate, number(statistics.fmean(shares), 2).replace("diverged", "never"), each))
+    return markdown(("AdamW", "lr", "share of the steps, mean", "of each seed"), rows)
+
+
+def _at_best(base: Run, record: Record) -> list[Run]:
+    """One run for each seed, at the best of the learning rates of the study `steps`."""
+    own = replace(base, precision="int4")
+    rate = best_rate(record, own, STEPS_RATES)
+    return over_seeds(replace(own, learning_rate=rate or math.nan))
+
+
+def _share_of_steps(theirs: list[tuple[int, float]], ours: list[tuple[int, float]]) -> float:
+    return steps_to(theirs[-1][1], ours) / theirs[-1][0]
+
+
+def tables(studies: list[str], base: Run, record: Record) -> str:
+    """The studies one after the other, each under its question."""
+    parts = [f"### {name}\n\n{STUDIES[name].__doc__}\n\n{table(name, base, record)}\n" for name in studies]
+    if "steps" in studies:
+        parts.append(f"{steps_table.__doc__}\n\n{steps_table(base, record)}\n")
+    return "\n".join(parts)

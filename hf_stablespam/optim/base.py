@@ -1,0 +1,179 @@
+"""What `StableSPAM` and `SPAM` share as torch optimizers: groups, closures, statistics, loading without rounding."""
+
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from hf_stablespam.optim.options import check_group_names, check_real
+from hf_stablespam.optim.plan import Result, State
+
+
+class MeasuringOptimizer(Optimizer):
+    """An optimizer that checks its options, measures the gradients that it sees, and resumes exactly.
+
+    A subclass says what its options must be (`_check_options`), how a state begins (`_fresh_state`), and how the
+    parameters are updated (`_update`).
+    """
+
+    _last_step: list[Result]
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._check_options(defaults)
+        self._last_step = []
+        super().__init__(params, defaults)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        """Raise a ValueError for the first option of a group that is out of its range."""
+        raise NotImplementedError
+
+    def _check_params(self, group: dict[str, Any]) -> None:
+        """Raise a ValueError for a parameter that cannot be trained with the options of its group."""
+        check_real(group["params"])
+
+    def _fresh_state(self, param: Tensor, group: dict[str, Any]) -> State:
+        """The state of a parameter before its first step."""
+        raise NotImplementedError
+
+    def _update(self) -> list[Result]:
+        """Update all parameters that have a gradient, and say what was seen."""
+        raise NotImplementedError
+
+    def _before_loading(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state dict that is loaded instead of one that somebody gave."""
+        return state_dict
+
+    def _check_saved(self, index: Any, fresh: State, saved: dict[str, Any]) -> None:
+        """Raise a ValueError for a saved state of one parameter that lacks what the next step needs."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with options of their own; what a group does not name it takes from the constructor.
+
+        Raises:
+            ValueError: for an option out of its range, or a parameter that cannot be trained with these options.
+            TypeError: for a misspelt option.
+        """
+        if isinstance(param_group, dict):
+            check_group_names(param_group, self.defaults)
+            self._check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        try:
+            self._check_params(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Perform one step of optimization.
+
+        Args:
+            closure: re-evaluates the model and returns the loss, if the loss is to be returned.
+
+        Raises:
+            ValueError: for a sparse gradient, and for what else the optimizer's own description names.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._last_step = self._update()
+        return loss
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """What the last step saw: for each name a float vector with one entry per parameter, on their device.
+
+        Entries follow the parameters of `param_groups`; a parameter without gradient has zeros. Empty before the
+        first step.
+
+        * ``grad_norm``, ``grad_max``: ``‖g‖₂`` and ``max|g|`` as the gradient came;
+        * ``clip_threshold``, ``clipped``: ``T̂``, and how many entries were above it;
+        * ``norm_factor``: AdaGN's ``c/n``; ``stable_norm``: the norm of the gradient that entered the moments;
+        * ``nonfinite``: 1 where the gradient was not finite, so that the tensor was passed over;
+        * ``reset``: 1 where ``reset_interval`` reset the moments in this step.
+
+        For `SPAM`, where each entry has a threshold of its own and nothing is normalised, ``clip_threshold`` is
+        infinite and ``norm_factor`` 1.
+        """
+        return ordered(self._last_step, self._params())
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state saved by `state_dict`; every tensor keeps the dtype in which the optimizer keeps it.
+
+        As with every torch optimizer the saved `param_groups` replace the options given to the constructor.
+        `StableSPAM` also loads what `torch.optim.AdamW` saved: options that were not saved keep their values, the run
+        goes on from its step and with its moments, and one line of the log says so (see
+        `hf_stablespam.optim.adoption`; its step count is read back to the host once).
+
+        Args:
+            state_dict: what `state_dict` returned.
+
+        Raises:
+            ValueError: if a parameter's state lacks what the next step needs, naming it.
+        """
+        loaded: dict[str, Any] = {}
+
+        def prepare(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(self._before_loading(state_dict))
+            return loaded
+
+        # torch casts what it loads to the parameter's dtype: bfloat16 trackers would stall, counters lose digits
+        hooks = [
+            self.register_load_state_dict_pre_hook(prepare),
+            self.register_load_state_dict_post_hook(lambda _: self._restore_dtypes(loaded), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
+        saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        pairs = [(param, group) for group in self.param_groups for param in group["params"]]
+        for saved_id, (param, group) in zip(saved_ids, pairs, strict=True):
+            if saved_id in state_dict["state"]:
+                fresh, saved = self._fresh_state(param, group), state_dict["state"][saved_id]
+                self._check_saved(saved_id, fresh, saved)
+                self.state[param] = {name: fresh[name].copy_(saved[name]) for name in fresh}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._last_step = []
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+
+    def _params(self) -> list[Tensor]:
+        return list(chain.from_iterable(group["params"] for group in self.param_groups))
+
+
+def ordered(results: list[Result], params: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Statistics of some parameters in the order of all of them, with zeros for those that were not seen.
+
+    Args:
+        results: what a step saw, in any order.
+        params: all parameters.
+    """
+    if not results:
+        return {}
+    device = next(iter(results[0].statistics.values())).device
+    columns = {
+        name: torch.cat([result.statistics[name].to(device) for result in results]) for name in results[0].statistics
+    }
+    # without a gradient: an entry past the end of what was seen, where a zero is put
+    seen = {param: index for index, param in enumerate(chain.from_iterable(result.params for result in results))}
+    order = torch.tensor([seen.get(param, len(seen)) for param in params], device=device)
+    return {name: torch.cat([column, column.new_zeros(1)])[order] for name, column in columns.items()}
