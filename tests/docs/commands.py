@@ -32,7 +32,7 @@ SMALL = {
     "pretrain.py": f"{FEW_STEPS} --max_eval_samples 4",
     "plain_trainer.py": FEW_STEPS,
     "train.py": FEW_STEPS,
-    "rescue.py": f"--smoke True {QUIET}",
+    "rescue.py": f"--smoke {QUIET}",
     "classify.py": f"--smoke True {QUIET}",
     "finetune_lora.py": f"--smoke True {QUIET}",
     "finetune_lora_4bit.py": f"--smoke True {QUIET}",

@@ -84,6 +84,7 @@ def a_script() -> None:
 
 # What must lie in the folder before the first block of a page.
 BEFORE = {
+    "distributed.md": a_script,
     "README.md": a_script,
     "fine_tuning.md": a_saved_model,
     "model_card.md": a_four_bit_run,
