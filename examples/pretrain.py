@@ -12,7 +12,8 @@ The data is the source code of Python's standard library, unless `--dataset_name
         --dataset_name allenai/c4 --dataset_config_name en --streaming --tokenizer_name t5-base \\
         --max_steps 10000 --optim stable_spam --max_grad_norm 0 --four_bit fp4_e1m2 --bf16
 
-Every option of TrainingArguments works. `--resume_from_checkpoint last` goes on where an earlier run stopped.
+Every option of TrainingArguments works. `--smoke` makes a few steps, to see that it runs;
+`--resume_from_checkpoint last` goes on where an earlier run stopped.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ class DataArguments:
     streaming: bool = field(default=False, metadata={"help": "Read the data set while training."})
     block_size: int = field(default=128, metadata={"help": "Tokens per sequence."})
     max_eval_samples: int = field(default=512, metadata={"help": "Blocks used for each validation, at most."})
+    smoke: bool = field(default=False, metadata={"help": "A few steps, to see that it runs."})
     validation_documents: int = field(
         default=1000, metadata={"help": "Documents to hold out of a data set without a validation split."}
     )
@@ -223,6 +225,8 @@ def check(model: ModelArguments, data: DataArguments, training: TrainingArgument
 def main(command_line: list[str] | None = None, more_callbacks: Sequence[TrainerCallback] = ()) -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, StabilityArguments, TrainingArguments))
     model_args, data_args, stability_args, training_args = parser.parse_args_into_dataclasses(command_line)
+    if data_args.smoke:
+        training_args.max_steps, training_args.logging_steps, data_args.max_eval_samples = 4, 2, 16
     check(model_args, data_args, training_args)
     callbacks = [*make_callbacks(stability_args), *more_callbacks]
     checkpoint = checkpoint_to_resume(training_args)

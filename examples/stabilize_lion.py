@@ -59,7 +59,8 @@ def pretrain(options: argparse.Namespace, stabilized: bool) -> float:
         report_to="none",
     )
     set_seed(options.seed)
-    data = DataArguments(dataset_name=options.dataset_name, block_size=BLOCK_SIZE)
+    blocks = 16 if options.smoke else 512
+    data = DataArguments(dataset_name=options.dataset_name, block_size=BLOCK_SIZE, max_eval_samples=blocks)
     train, validation, tokenizer = load_data(data, ModelArguments(), options.seed)
     model = llama("tiny", tokenizer, BLOCK_SIZE)
     callbacks = [FourBitCallback(FourBitConfig(weight="int4", activation="int4"))]
@@ -85,7 +86,10 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--dataset_name", help="hub name, folder or file; default: Python's standard library")
     parser.add_argument("--output_dir", default="runs/stabilize_lion")
+    parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
     options = parser.parse_args(command_line)
+    if options.smoke:
+        options.steps = 4
     losses = {name: pretrain(options, name != "Lion + clipping") for name in ("Lion + clipping", "Lion + stabilize")}
     print(f"\nvalidation loss after {options.steps} steps in INT4")
     for name, loss in losses.items():

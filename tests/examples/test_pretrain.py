@@ -49,6 +49,13 @@ def test_the_embedded_data_trains_in_four_bits(four_bit_run):
     assert values(history, "eval_loss")[-1] < values(history, "eval_loss")[0]
 
 
+def test_smoke_makes_a_few_steps_of_whatever_was_asked_for(tmp_path, text):
+    pretrain.main(["--output_dir", str(tmp_path), "--block_size", "16", "--max_steps", "300", *QUIET, *text, "--smoke"])
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    assert len(values(state["log_history"], "loss")) == 2
+
+
 def test_perplexity_is_logged_beside_every_validation_loss(four_bit_run):
     _, history = four_bit_run
     for row in history:

@@ -15,7 +15,7 @@ def text(tmp_path):
 
 def test_both_runs_train_and_are_reported(tmp_path, text, capsys):
     stabilize_lion.main(
-        ["--steps", "3", "--learning_rate", "1e-2", "--dataset_name", text, "--output_dir", str(tmp_path / "out")]
+        ["--smoke", "--learning_rate", "1e-2", "--dataset_name", text, "--output_dir", str(tmp_path / "out")]
     )
     shown = capsys.readouterr().out
     losses = [float(loss) for loss in re.findall(r"Lion \+ \w+ +(\d\.\d+)", shown)]
