@@ -17,3 +17,16 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+PRECISION = "ACCELERATE_MIXED_PRECISION"
+_precision_at_start = os.environ.get(PRECISION)
+
+
+@pytest.fixture(autouse=True)
+def _no_precision_of_an_earlier_run():
+    """transformers 4.57 leaves a run's mixed precision in the environment, where the next run finds it."""
+    yield
+    os.environ.pop(PRECISION, None)
+    if _precision_at_start is not None:
+        os.environ[PRECISION] = _precision_at_start
