@@ -168,9 +168,11 @@ def _why_nothing(model: nn.Module, config: FourBitConfig) -> str:
     others = [text for text in left_alone(model) if not text.endswith("(Linear)")]
     unsupported = f"other kinds of layers are not supported: {', '.join(others)}" if others else ""
     if not linears:
-        return f"the model has no nn.Linear; {unsupported or 'it has no weight matrix at all'}"
+        what = unsupported or "it has no weight matrix at all"
+        return f"the model has no nn.Linear; {what}; train it without 4-bit layers"
     excluded = (
         f"nn.Linear layers: {linears}, all excluded by target_modules={config.target_modules!r},"
-        f" modules_to_not_convert={config.modules_to_not_convert!r} or keep_last_blocks={config.keep_last_blocks}"
+        f" modules_to_not_convert={config.modules_to_not_convert!r} or keep_last_blocks={config.keep_last_blocks};"
+        " change these so that a layer is left"
     )
     return f"{excluded}; {unsupported}" if unsupported else excluded
