@@ -114,16 +114,21 @@ def _check_optional(check: Callable[..., None], name: str, value: Any, part: str
         check(name, value, f"; None switches {part} off")
 
 
+def check_adam(options: dict[str, Any]) -> None:
+    """Learning rate, betas, eps and weight decay, which both optimizers have from Adam."""
+    check_learning_rate(options["lr"])
+    check_beta_pair("betas", options["betas"], "; Adam's are (0.9, 0.999)")
+    check_at_least_zero("eps", options["eps"], "; 1e-8 is Adam's")
+    check_at_least_zero("weight_decay", options["weight_decay"], "; 0 switches it off")
+
+
 def check_stable_spam(options: dict[str, Any]) -> None:
     """Check the options of one parameter group of `StableSPAM`.
 
     Raises:
         ValueError: for the first option out of range.
     """
-    check_learning_rate(options["lr"])
-    check_beta_pair("betas", options["betas"], "; Adam's are (0.9, 0.999)")
-    check_at_least_zero("eps", options["eps"], "; 1e-8 is Adam's")
-    check_at_least_zero("weight_decay", options["weight_decay"], "; 0 switches it off")
+    check_adam(options)
     _check_optional(check_beta, "clip_beta", options["clip_beta"], "clipping")
     _check_optional(check_beta_pair, "norm_betas", options["norm_betas"], "normalising")
     _check_optional(check_interval, "reset_interval", options["reset_interval"], "resets")

@@ -2,15 +2,7 @@
 
 from typing import Any
 
-from hf_stablespam.optim.options import (
-    check_above_zero,
-    check_at_least_zero,
-    check_beta_pair,
-    check_dense,
-    check_flag,
-    check_interval,
-    check_learning_rate,
-)
+from hf_stablespam.optim.options import check_above_zero, check_adam, check_dense, check_flag, check_interval
 
 
 def check_spam(options: dict[str, Any]) -> None:
@@ -19,10 +11,7 @@ def check_spam(options: dict[str, Any]) -> None:
     Raises:
         ValueError: for the first option out of range.
     """
-    check_learning_rate(options["lr"])
-    check_beta_pair("betas", options["betas"], "; Adam's are (0.9, 0.999)")
-    check_at_least_zero("eps", options["eps"], "; 1e-8 is Adam's")
-    check_at_least_zero("weight_decay", options["weight_decay"], "; 0 switches it off")
+    check_adam(options)
     if options["threshold"] is not None:
         check_above_zero("threshold", options["threshold"], "; None switches clipping off")
     check_count("clip_delay", options["clip_delay"])
