@@ -19,8 +19,6 @@ from collections.abc import Iterator
 from dataclasses import astuple, replace
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import _record
@@ -124,7 +122,6 @@ def main(command_line: list[str] | None = None) -> None:
             print(f"{name:12s} {len(runs) - left:3d} done {left:3d} to do  {STUDIES[name].__doc__}")
         return
     if not options.table:
-        torch.set_float32_matmul_precision("highest")
         work(options.studies, base, *options.part, options.at_most)
     print(tables(options.studies, base, read_record()))
 
