@@ -49,8 +49,8 @@ def test_each_fault_does_what_its_name_says(monkeypatch, fault, values):
 
 
 def test_adamw_is_lost_to_a_nan_and_stable_spam_is_not(corpus):
-    lost = faults.train(faults.Run("AdamW", "nan", 0.2, seed=0), corpus, STEPS)
-    kept = faults.train(faults.Run("Stable-SPAM", "nan", 0.2, seed=0), corpus, STEPS)
+    lost = faults.train(faults.Run("AdamW", "nan", 0.2, seed=0, steps=STEPS), corpus)
+    kept = faults.train(faults.Run("Stable-SPAM", "nan", 0.2, seed=0, steps=STEPS), corpus)
     assert not lost["survived"]
     assert lost["nan_steps"] > 0
     assert np.isfinite(kept["final_loss"])
@@ -66,9 +66,9 @@ def test_the_model_is_the_demos(corpus):
 def test_an_interrupted_benchmark_goes_on_where_it_stopped(corpus, tmp_path, monkeypatch, capsys):
     for module in (_record, faults):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
-    runs = [faults.Run("AdamW", faults.CLEAN, 0.0, 0), faults.Run("Stable-SPAM", "zeros", 0.05, 0)]
+    runs = [faults.Run("AdamW", faults.CLEAN, 0.0, 0, 2), faults.Run("Stable-SPAM", "zeros", 0.05, 0, 2)]
     for limit in (1, 2):
-        monkeypatch.setattr(faults, "all_runs", lambda seeds, limit=limit: runs[:limit])
+        monkeypatch.setattr(faults, "all_runs", lambda seeds, steps, limit=limit: runs[:limit])
         faults.main(["--steps", "2"])
     with open(tmp_path / "faults.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -79,9 +79,18 @@ def test_an_interrupted_benchmark_goes_on_where_it_stopped(corpus, tmp_path, mon
     assert "| none | 0% | " in capsys.readouterr().out
 
 
+def test_a_run_of_another_length_is_another_run(corpus, tmp_path, monkeypatch):
+    for module in (_record, faults):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(faults, "all_runs", lambda seeds, steps: [faults.Run("AdamW", faults.CLEAN, 0.0, 0, steps)])
+    for steps in ("1", "2", "1"):
+        faults.main(["--steps", steps])
+    assert [row["steps"] for row in faults.read(tmp_path / "faults.csv")] == ["1", "2"]
+
+
 def test_the_table_says_what_was_lost():
     def row(survived, loss, nan_steps):
-        named = {"optimizer": "AdamW", "fault": "nan", "rate": "0.05", "survived": survived}
+        named = {"optimizer": "AdamW", "fault": "nan", "rate": "0.05", "survived": survived, "steps": "100"}
         return {**named, "final_loss": loss, "nan_steps": nan_steps}
 
     lost, kept = row("False", "nan", "60"), row("True", "4.5", "0")
@@ -92,16 +101,20 @@ def test_the_table_says_what_was_lost():
 
 def test_every_combination_runs_once():
     runs = list(faults.all_runs(faults.SEEDS))
-    assert len(runs) == len(set(runs)) == 3 * 4 * (1 + 5 * 3)
+    assert len(runs) == len(set(runs)) == 3 * 4 * (1 + 5 * 3) + 3 * (1 + 5)
+    assert {run.steps for run in faults.all_runs(faults.SEEDS, steps=20)} == {20}
     assert {run.rate for run in runs} == {0.0, *faults.RATES}
 
 
 def test_the_verdict_compares_each_seed_with_its_own_clean_run():
-    def row(fault, rate, seed, loss, survived="True"):
-        named = {"optimizer": "Stable-SPAM", "fault": fault, "rate": rate, "seed": seed}
+    def row(fault, rate, seed, loss, survived="True", steps="500"):
+        named = {"optimizer": "Stable-SPAM", "fault": fault, "rate": rate, "seed": seed, "steps": steps}
         return {**named, "final_loss": loss, "survived": survived}
 
     rows = [row("none", "0.0", "0", "4.0"), row("none", "0.0", "1", "5.0"), row("nan", "0.2", "0", "nan", "False")]
-    assert faults.verdict(rows) == "Stable-SPAM survived 2 of 3 runs; with 5% spikes, 0 runs: not yet run"
+    assert (
+        faults.verdict(rows) == "Stable-SPAM survived 2 of 3 runs; with 5% spikes over 500 steps, 0 runs: not yet run"
+    )
     rows += [row("entry x 1e4", "0.05", "0", "4.02"), row("tensor x 1e3", "0.05", "1", "4.9")]
-    assert faults.verdict(rows).endswith("with 5% spikes, 2 runs: at most +0.50% of its clean loss")
+    rows += [row("none", "0.0", "2", "6.0", steps="100"), row("entry x 1e4", "0.05", "2", "6.6", steps="100")]
+    assert faults.verdict(rows).endswith("with 5% spikes over 500 steps, 2 runs: at most +0.50% of its clean loss")
