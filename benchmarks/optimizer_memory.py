@@ -19,25 +19,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._record import append_rows
+from benchmarks.llama_shapes import OF_THE_PAPERS, target_shapes, width_of
 from hf_stablespam.optim import SPAM, StableSPAM
 from hf_stablespam.optim.adoption import fresh_state
 from hf_stablespam.optim.spam import fresh_spam_state
-
-# vocabulary, width, feed-forward width, layers: the models of the GaLore and Stable-SPAM papers
-SIZES = {
-    "60m": (32000, 512, 1376, 8),
-    "130m": (32000, 768, 2048, 12),
-    "350m": (32000, 1024, 2736, 24),
-    "1b": (32000, 2048, 5461, 24),
-    "7b": (32000, 4096, 11008, 32),
-}
-
-
-def llama(size: str) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Shapes of the attention and MLP weights, and of everything else, of a Llama with an untied head."""
-    vocabulary, width, inner, layers = SIZES[size]
-    targets = ([(width, width)] * 4 + [(inner, width)] * 2 + [(width, inner)]) * layers
-    return targets, [(vocabulary, width)] * 2 + [(width,)] * (2 * layers + 1)
 
 
 def contestants(width: int) -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
@@ -77,11 +62,11 @@ def bytes_of(tensor: Any) -> int:
 
 def measure(size: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     """One row for each optimizer."""
-    targets, others = llama(size)
+    targets, others = target_shapes(size)
     parameters = sum(map(math.prod, targets + others))
     adamw = 2 * parameters * dtype.itemsize + 4 * len(targets + others)
     found = {"torch.optim.AdamW": adamw}
-    for name, (optimizer, options, of_targets) in contestants(SIZES[size][1]).items():
+    for name, (optimizer, options, of_targets) in contestants(width_of(size)).items():
         of_others = state_bytes(optimizer, options, others, dtype)
         found[name] = of_others + state_bytes(optimizer, {**options, **of_targets}, targets, dtype)
     largest = max(map(math.prod, targets + others))
@@ -103,7 +88,7 @@ def measure(size: str, dtype: torch.dtype) -> list[dict[str, Any]]:
 
 def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=OF_THE_PAPERS, default=OF_THE_PAPERS)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the parameters")
     parser.add_argument("--dry-run", action="store_true", help="append nothing to the results")
     arguments = parser.parse_args(command_line)

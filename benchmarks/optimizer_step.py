@@ -22,23 +22,11 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._record import append_rows, interleaved, quantile
+from benchmarks.llama_shapes import SIZES, llama_shapes, width_of
 from hf_stablespam.optim import SPAM, StableSPAM, stabilize
 
-# vocabulary, width, feed-forward width, layers
-SIZES = {
-    "4m": (4000, 256, 688, 2),
-    "33m": (7970, 512, 1376, 8),
-    "130m": (32000, 768, 2048, 12),
-    "1b": (32000, 2048, 5461, 18),
-}
 BASE, CLIPPED = "AdamW(fused)", "clip_grad_norm_ + AdamW(fused)"
 WRITES_GRADIENTS = {"pytorch_optimizer.StableSPAM"}  # into those that all share: it gets some of its own
-
-
-def llama_shapes(vocabulary: int, width: int, inner: int, layers: int) -> list[tuple[int, ...]]:
-    """Parameter shapes of a Llama with an untied head."""
-    block = [(width, width)] * 4 + [(inner, width)] * 2 + [(width, inner)] + [(width,)] * 2
-    return [(vocabulary, width), *block * layers, (width,), (vocabulary, width)]
 
 
 class Contestant:
@@ -146,11 +134,11 @@ def stored_parts(value: torch.Tensor) -> list[torch.Tensor]:
 
 def measure(size: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows for one model size."""
-    shapes, dtype = llama_shapes(*SIZES[size]), getattr(torch, arguments.dtype)
+    shapes, dtype = llama_shapes(size), getattr(torch, arguments.dtype)
     generator = torch.Generator(arguments.device).manual_seed(0)
     options = {"generator": generator, "device": arguments.device}
     rows = [[(torch.randn(s, **options) * 1e-3).to(dtype) for s in shapes] for _ in range(arguments.gradients)]
-    makers = contestants(arguments, rank=SIZES[size][1] // 4)
+    makers = contestants(arguments, rank=width_of(size) // 4)
     own = [[grad.clone() for grad in row] for row in rows] if WRITES_GRADIENTS & set(makers) else []
     all_of_them = {
         name: Contestant(make, shapes, own if name in WRITES_GRADIENTS else rows, clip)
