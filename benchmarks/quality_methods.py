@@ -86,6 +86,7 @@ METHODS = {
     # candidates for better defaults
     "stable_spam_beta95": Method(arguments=FASTER),
     "stable_spam_slow_norm": Method(optim_args="norm_betas=0.85:0.999"),
+    "stable_spam_bfloat16_norm": Method(optim_args="norm_betas=0.85:0.99999"),  # the paper's pair for bfloat16
     "stable_spam_beta95_slow_norm": Method(optim_args="norm_betas=0.85:0.999", arguments=FASTER),
     "stable_spam_floor25": Method(optim_args="decay_floor=0.25"),
     "stable_spam_floor75": Method(optim_args="decay_floor=0.75"),

@@ -114,6 +114,7 @@ def resets(base: Run, record: Record) -> Iterator[Run]:
 CANDIDATES = (
     "stable_spam_beta95",
     "stable_spam_slow_norm",
+    "stable_spam_bfloat16_norm",
     "stable_spam_beta95_slow_norm",
     "stable_spam_floor25",
     "stable_spam_floor75",
