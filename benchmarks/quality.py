@@ -2,22 +2,26 @@
 
     python benchmarks/quality.py --list                       # the studies, and how many runs of each are still to do
     python benchmarks/quality.py --studies pairs formats      # run what is missing of two of them
-    python benchmarks/quality.py --part 1/2                   # everything, every second run: the other half elsewhere
     python benchmarks/quality.py --table                      # run nothing, print what is on record
     python benchmarks/quality.py --studies at_scale --model_size 60m --data allenai/c4 --steps 10000 --bf16
 
 Each finished run is appended to results/quality.csv at once, and runs that are there are not repeated: stop it when
-you like and go on later. A run of 500 steps of the demo's model (1.3 million parameters, 16 × 128 tokens a step) takes
+you like and go on later. Start it as often as there are cores (with OMP_NUM_THREADS=1): the processes share the queue.
+A run of 500 steps of the demo's model (1.3 million parameters, 16 × 128 tokens a step) takes
 about three minutes on one core; all studies are about 180 runs. Whoever wins, wins: diverged runs are rows as well.
 """
 
 import argparse
 import csv
 import sys
+import tempfile
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import astuple, replace
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -28,6 +32,7 @@ from benchmarks.quality_tables import tables
 
 NAME = "quality"
 TRIAL_STEPS = 10
+PAUSE = 10  # seconds between looks at the record while other processes train
 
 
 def read_record() -> Record:
@@ -49,34 +54,47 @@ def missing(studies: list[str], base: Run, record: Record) -> Iterator[Run]:
                 yield run
 
 
-def part_of(text: str) -> tuple[int, int]:
-    """`1/2` → (1, 2)."""
+def claim(run: Run) -> FileLock | None:
+    """A lock on a run, which ends with the process that holds it; ``None`` while another process trains it."""
+    folder = Path(tempfile.gettempdir()) / "hf_stablespam-quality"
+    folder.mkdir(exist_ok=True)
+    lock = FileLock(folder / f"{zlib.crc32(repr((_record.RESULTS, astuple(run))).encode()):08x}.lock")
     try:
-        part, parts = (int(word) for word in text.split("/"))
-    except ValueError:
-        part, parts = 0, 0
-    if not 1 <= part <= parts:
-        raise argparse.ArgumentTypeError(f"part must look like 1/2: which of how many, got {text!r}")
-    return part, parts
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    return lock
 
 
-def is_mine(run: Run, part: int, parts: int) -> bool:
-    """Divides the runs among processes that know nothing of each other."""
-    return zlib.crc32(repr(astuple(run)).encode()) % parts == part - 1
+def work(studies: list[str], base: Run, at_most: int | None) -> int:
+    """Run what is missing, the record read anew before each; the number of runs made.
 
-
-def work(studies: list[str], base: Run, part: int, parts: int, at_most: int | None) -> int:
-    """Run what is missing, the record read anew before each; the number of runs made."""
+    What other processes are training is waited for, because further runs may depend on it.
+    """
     made = 0
     while at_most is None or made < at_most:
-        run = next((run for run in missing(studies, base, read_record()) if is_mine(run, part, parts)), None)
-        if run is None:
+        waiting = list(missing(studies, base, read_record()))
+        if not waiting:
             break
-        row = run.train()
-        _record.append_rows(NAME, [row])
-        made += 1
-        print(f"{run.method} {run.precision} lr={run.learning_rate:g} seed={run.seed}: {row['eval_loss']}", flush=True)
+        claimed = next(((run, lock) for run in waiting if (lock := claim(run))), None)
+        if claimed is None:
+            time.sleep(PAUSE)
+            continue
+        run, lock = claimed
+        try:
+            if run not in read_record():  # another process may just have finished it
+                train(run)
+                made += 1
+        finally:
+            lock.release()
     return made
+
+
+def train(run: Run) -> None:
+    """Make a run and put it on record."""
+    row = run.train()
+    _record.append_rows(NAME, [row])
+    print(f"{run.method} {run.precision} lr={run.learning_rate:g} seed={run.seed}: {row['eval_loss']}", flush=True)
 
 
 def steps_within(minutes: float, base: Run) -> int:
@@ -96,7 +114,6 @@ def parse(command_line: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16, help="sequences a step")
     parser.add_argument("--block_size", type=int, default=128, help="tokens a sequence")
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
-    parser.add_argument("--part", type=part_of, default=(1, 1), help="such as 1/2: only the first half of the runs")
     parser.add_argument("--at_most", type=int, default=None, help="stop after so many runs")
     parser.add_argument(
         "--minutes", type=float, help="as many steps as a run of so many minutes has, instead of --steps"
@@ -122,7 +139,7 @@ def main(command_line: list[str] | None = None) -> None:
             print(f"{name:12s} {len(runs) - left:3d} done {left:3d} to do  {STUDIES[name].__doc__}")
         return
     if not options.table:
-        work(options.studies, base, *options.part, options.at_most)
+        work(options.studies, base, options.at_most)
     print(tables(options.studies, base, read_record()))
 
 

@@ -54,20 +54,39 @@ def test_what_is_on_record_is_not_run_again(made):
     assert [run.steps for run in made[9:]] == [7] * 9
 
 
-def test_two_parts_together_do_all_runs_once(made):
-    quality.main(["--studies", "pairs", "formats", "--part", "1/2"])
-    first = len(made)
-    quality.main(["--studies", "pairs", "formats", "--part", "2/2"])
-    asked = {run for name in ("pairs", "formats") for run in STUDIES[name](BASE, {})}
-    assert 0 < first < len(made) == len(asked)
-    assert set(made) == asked
+def test_what_another_process_trains_is_left_to_it_and_waited_for(made, monkeypatch):
+    (first, *rest) = pairs = list(dict.fromkeys(STUDIES["pairs"](BASE, {})))
+    theirs = quality.claim(first)
+
+    def they_finish(seconds):
+        assert made == rest
+        quality.train(first)
+        theirs.release()
+
+    monkeypatch.setattr(quality.time, "sleep", they_finish)
+    quality.main(["--studies", "pairs"])
+    assert sorted(made, key=repr) == sorted(pairs, key=repr)
 
 
-@pytest.mark.parametrize("part", ["3/2", "0/2", "half"])
-def test_a_part_that_is_none(part, capsys):
-    with pytest.raises(SystemExit):
-        quality.main(["--part", part])
-    assert f"part must look like 1/2: which of how many, got '{part}'" in capsys.readouterr().err
+def test_a_run_that_was_finished_meanwhile_is_not_repeated(made, monkeypatch):
+    claim = quality.claim
+
+    def finished_by_another(run):
+        if not made:
+            quality.train(run)
+        return claim(run)
+
+    monkeypatch.setattr(quality, "claim", finished_by_another)
+    quality.main(["--studies", "pairs"])
+    assert len(made) == len(set(made)) == 9
+
+
+def test_a_claim_ends_with_its_holder(made):
+    run = next(STUDIES["pairs"](BASE, {}))
+    lock = quality.claim(run)
+    assert quality.claim(run) is None
+    lock.release()
+    assert quality.claim(run) is not None
 
 
 def test_the_table_alone_runs_nothing(made, capsys):
