@@ -229,6 +229,18 @@ def excess(rows: list[dict[str, str]], fault: str, steps: int, rate: float = 0.0
     }
 
 
+def bound_table(rows: list[dict[str, str]]) -> str:
+    """Markdown: the long runs of Stable-SPAM, each seed's excess over its own clean loss."""
+    own = [row for row in of_length(rows, LONG) if row["optimizer"] == "Stable-SPAM"]
+    clean = {row["seed"]: row["final_loss"] for row in own if row["fault"] == CLEAN}
+    lines = [f"| 5 % of {LONG} steps | {' | '.join(f'seed {seed}' for seed in clean)} |", f"|---|{'---|' * len(clean)}"]
+    lines.append(f"| {CLEAN}: the loss | {' | '.join(clean.values())} |")
+    for fault in FAULTS:
+        above = excess(rows, fault, LONG)
+        lines.append(f"| {fault} | {' | '.join(f'{above[seed]:+.2%}' if seed in above else '–' for seed in clean)} |")
+    return "\n".join(lines)
+
+
 def of_length(rows: list[dict[str, str]], steps: int) -> list[dict[str, str]]:
     return [row for row in rows if row["steps"] == str(steps)]
 
@@ -263,7 +275,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(*row.values(), flush=True)
             if not options.dry_run:
                 append_rows("faults", [row])
-    print(f"{table(read(path))}\n\n{verdict(read(path))}")
+    rows = read(path)
+    print(f"{table(rows)}\n\n{bound_table(rows)}\n\n{verdict(rows)}")
 
 
 if __name__ == "__main__":

@@ -7,16 +7,16 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from hf_stablespam.optim.fused_cpu import fused_cpu_step
+from hf_stablespam.optim.fused_cpu import FUSED_DTYPES, fused_cpu_step
 from hf_stablespam.optim.galore import galore_path, is_projected
 from hf_stablespam.optim.low_bit import is_low_bit
 from hf_stablespam.optim.multi_tensor import foreach_step
-from hf_stablespam.optim.pieces import share_layout
+from hf_stablespam.optim.pieces import is_plain_tensor, share_layout
 from hf_stablespam.optim.plain_adamw import is_plain_adamw, plain_adamw_step, unscale
 from hf_stablespam.optim.plan import Batch, Options, Result, State
-from hf_stablespam.optim.single_tensor import stabilized, stable_spam_step
+from hf_stablespam.optim.single_tensor import stable_spam_step
+from hf_stablespam.optim.stabilized_gradient import gradient_statistics
 
-FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -90,11 +90,6 @@ def _fits_plain_adamw(param: Tensor, grad: Tensor, state: State, options: Option
     return param.dtype != torch.float16 and gapless
 
 
-def is_plain_tensor(*tensors: Tensor) -> bool:
-    """Whether these are ordinary tensors with memory of their own, not `DTensor` or another subclass."""
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
-
-
 def loop_step(batch: Batch, options: Options) -> dict[str, Tensor]:
     """One tensor after the other: the path for everything the others do not take."""
     return _stacked([stable_spam_step(*tensors, options) for tensors in zip(*batch, strict=True)])
@@ -102,7 +97,7 @@ def loop_step(batch: Batch, options: Options) -> dict[str, Tensor]:
 
 def plain_step(batch: Batch, options: Options) -> dict[str, Tensor]:
     """Nothing of Stable-SPAM is switched on: `torch.optim.AdamW` for the tensors whose gradient is finite."""
-    rows = [stabilized(grad, state, options)[-1] for _, grad, state in zip(*batch, strict=True)]
+    rows = [gradient_statistics(grad, state, options) for _, grad, state in zip(*batch, strict=True)]
     finite = [index for index, row in enumerate(rows) if not row["nonfinite"]]
     if finite:
         chosen = batch.pick(finite)

@@ -30,6 +30,11 @@ class Scratch:
         return value if value.dtype == self.dtype else self.copied(role, value)
 
 
+def is_plain_tensor(*tensors: Tensor) -> bool:
+    """Whether these are ordinary tensors with memory of their own, not `DTensor` or another subclass."""
+    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+
+
 def share_layout(tensors: list[Tensor]) -> bool:
     """Whether the tensors fill memory without gaps or overlaps and in the same order, so that they can be flattened."""
     if all(tensor.is_contiguous() for tensor in tensors):

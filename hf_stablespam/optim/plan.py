@@ -80,6 +80,11 @@ def stack_trackers(states: list[State]) -> Trackers:
     return Trackers(*(torch.stack([state[name] for state in states]) for name in Trackers._fields))
 
 
+def as_floats(states: list[State]) -> list[Trackers]:
+    """The trackers of each of many tensors, as Python floats."""
+    return [Trackers(*(state[name].item() for name in Trackers._fields)) for state in states]
+
+
 def store_trackers(states: list[State], trackers: Trackers) -> None:
     """Write vectors of trackers back, in one multi-tensor copy."""
     targets = [state[name] for name in Trackers._fields for state in states]

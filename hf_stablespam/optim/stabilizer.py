@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer
 from hf_stablespam.optim.base import ordered
 from hf_stablespam.optim.options import check_dense, check_stable_spam
 from hf_stablespam.optim.plan import Result, State, Trackers
-from hf_stablespam.optim.single_tensor import stabilized
+from hf_stablespam.optim.stabilized_gradient import stabilize_gradient
 
 _TRACKERS = ("step", "clip_max", "norm_mean", "norm_sq")  # what is saved; the others say nothing without moments
 _PREFIX = "stabilizer_"
@@ -149,12 +149,10 @@ class Stabilizer:
             found = param.grad
             assert found is not None
             state = self._trackers.setdefault(param, _fresh_trackers(param))
-            grad, plan, row = stabilized(found, state, self._options)
-            for name, value in plan.trackers._asdict().items():
-                state[name].copy_(value)
+            grad, row = stabilize_gradient(found, state, self._options)
             self._last_step.append(Result([param], {name: value.view(1) for name, value in row.items()}))
             self._found[param] = found
-            param.grad = without_nonfinite(grad.to(found.dtype), plan.finite)
+            param.grad = grad
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for param, grad in self._found.items():
@@ -205,13 +203,6 @@ def check_stabilize_options(
     storage = {"state_dtype": None, "stochastic_rounding": False, "state_bits": 32}
     check_stable_spam({**options, **off, **adam, **storage})
     return {**options, **off, "betas": adam["betas"]}
-
-
-def without_nonfinite(grad: Tensor, finite: Tensor) -> Tensor | None:
-    """The gradient that the optimizer sees: on the CPU none at all where it is not finite, elsewhere zeros."""
-    if finite.is_cpu:
-        return grad if finite else None
-    return torch.where(finite, grad, torch.zeros_like(grad))
 
 
 def _fresh_trackers(param: Tensor) -> State:

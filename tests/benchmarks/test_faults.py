@@ -118,3 +118,21 @@ def test_the_verdict_compares_each_seed_with_its_own_clean_run():
     rows += [row("entry x 1e4", "0.05", "0", "4.02"), row("tensor x 1e3", "0.05", "1", "4.9")]
     rows += [row("none", "0.0", "2", "6.0", steps="100"), row("entry x 1e4", "0.05", "2", "6.6", steps="100")]
     assert faults.verdict(rows).endswith("with 5% spikes over 500 steps, 2 runs: at most +0.50% of its clean loss")
+
+
+def test_the_bounds_table_has_a_column_for_each_seed():
+    def row(fault, rate, seed, loss):
+        return {
+            "optimizer": "Stable-SPAM",
+            "fault": fault,
+            "rate": rate,
+            "seed": seed,
+            "steps": "500",
+            "final_loss": loss,
+        }
+
+    rows = [row("none", "0.0", "0", "4.0"), row("none", "0.0", "1", "5.0"), row("nan", "0.05", "1", "4.95")]
+    lines = faults.bound_table(rows).splitlines()
+    assert lines[0] == "| 5 % of 500 steps | seed 0 | seed 1 |"
+    assert lines[2] == "| none: the loss | 4.0 | 5.0 |"
+    assert "| nan | – | -1.00% |" in lines

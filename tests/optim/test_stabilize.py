@@ -9,7 +9,7 @@ from torch.optim import SGD, Adafactor, AdamW
 
 from hf_stablespam import optim
 from hf_stablespam.optim import StableSPAM, stabilize
-from hf_stablespam.optim.stabilizer import without_nonfinite
+from hf_stablespam.optim.stabilized_gradient import without_nonfinite
 from tests.optim.common import TOLERANCE, assert_identical, gradients, parameters, snapshot, train
 
 SHAPES = [(64, 40), (7,), ()]
