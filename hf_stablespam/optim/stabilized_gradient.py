@@ -51,7 +51,9 @@ def without_nonfinite(grad: Tensor, finite: Tensor) -> Tensor | None:
 
 
 def _fits_cpu(grad: Tensor) -> bool:
-    return grad.is_cpu and grad.dtype in FUSED_DTYPES and is_plain_tensor(grad) and share_layout([grad])
+    if torch.compiler.is_compiling() or not (grad.is_cpu and grad.dtype in FUSED_DTYPES):
+        return False
+    return is_plain_tensor(grad) and share_layout([grad])
 
 
 def _see(grad: Tensor, state: State, options: Options, scratch: Scratch) -> Seen:
