@@ -34,7 +34,7 @@ class FourBitConfig:
     The defaults can be exported and load plainly. Of the formats that do, none trained measurably better: final loss
     3.954 ± 0.016 with the defaults, 3.947 ± 0.038 with ``nvfp4`` (six seeds each), 3.941 ± 0.027 with ``int4_asym``,
     3.944 ± 0.018 with ``nvfp4`` and `four_over_six`, 3.956 ± 0.017 without outliers, 3.966 ± 0.040 with ``mxfp4``
-    (three seeds; ``benchmarks/quality.py --studies formats``), and the layers of the defaults cost the least
+    (three seeds; ``benchmarks/quality.py --studies formats``), and the block formats' layers cost more
     (``benchmarks/four_bit_linear.py``).
 
     Args:
