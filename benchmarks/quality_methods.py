@@ -62,7 +62,6 @@ METHODS = {
     "adafactor": Method("adafactor"),
     "spam": Method("spam", SPAM_ARGUMENTS, arguments={"adam_epsilon": 1e-6}),
     "lion": Method("sgd", own=Lion, rates=LION_RATES),
-    "lion_clipped": Method("sgd", own=Lion, clip=1.0, rates=LION_RATES),
     "lion_stabilized": Method("sgd", own=Lion, stabilized=True, rates=LION_RATES),
     "galore": _galore(PLAIN),
     "galore_stable_spam": _galore("reset_interval=none"),

@@ -82,7 +82,7 @@ def pairs(base: Run, record: Record) -> Iterator[Run]:
 
 def relatives(base: Run, record: Record) -> Iterator[Run]:
     """The family in INT4: each at its learning rates, then three seeds at its best."""
-    names = ("stable_spam", "adamw", "spam", "galore", "galore_stable_spam", "lion", "lion_stabilized", "lion_clipped")
+    names = ("stable_spam", "adamw", "spam", "galore", "galore_stable_spam", "lion", "lion_stabilized")
     for method in names:
         rates = METHODS[method].rates if len(METHODS[method].rates) == 3 else METHODS[method].rates[1:4]
         own = replace(base, method=method, precision="int4")
