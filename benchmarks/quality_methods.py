@@ -43,7 +43,7 @@ class Method:
 TARGETS = r".*\.(self_attn|mlp)\..*_proj"
 GALORE = "rank=32,update_proj_gap=50,scale=0.25"
 PLAIN = "clip_beta=none,norm_betas=none,reset_interval=none,decay_steps=none"
-GALORE_RATES, LION_RATES = (3e-3, 1e-2, 3e-2), (5e-5, 1e-4, 3e-4, 1e-3, 2e-3)
+GALORE_RATES = (3e-3, 1e-2, 3e-2)
 RESET = "reset_interval=200"  # in runs of 500 steps: the proportion of the paper's short runs
 FASTER = {"adam_beta2": 0.95}  # the second moment's memory in most language models since GPT-3
 SPAM_ARGUMENTS = "reset_interval=200,warmup_steps=60"
@@ -61,8 +61,8 @@ METHODS = {
     "adamw_stabilized": Method("adamw_torch", stabilized=True),
     "adafactor": Method("adafactor"),
     "spam": Method("spam", SPAM_ARGUMENTS, arguments={"adam_epsilon": 1e-6}),
-    "lion": Method("sgd", own=Lion, rates=LION_RATES),
-    "lion_stabilized": Method("sgd", own=Lion, stabilized=True, rates=LION_RATES),
+    "lion": Method("sgd", own=Lion),
+    "lion_stabilized": Method("sgd", own=Lion, stabilized=True),
     "galore": _galore(PLAIN),
     "galore_stable_spam": _galore("reset_interval=none"),
     # Stable-SPAM as it comes: no reset falls into 500 steps, the decay runs over them
