@@ -34,7 +34,7 @@ LABELS = {
     "adamw": "AdamW",
     "spam": "SPAM",
     "adafactor": "Adafactor",
-    "lion": "Lion (10 × lr)",
+    "lion": "Lion",
 }
 
 
@@ -47,10 +47,8 @@ def learning_rates(base: Run, record: Record) -> plt.Figure:
                 replace(base, method=method, precision=precision, learning_rate=rate) for rate in METHODS[method].rates
             ]
             points = [(run.learning_rate, loss_of(record, run)) for run in runs if run in record]
-            scale = 10 if method == "lion" else 1
-            rates = [rate * scale for rate, loss in points if math.isfinite(loss)]
-            losses = [loss for _, loss in points if math.isfinite(loss)]
-            axes.plot(rates, losses, marker="o", label=LABELS[method], color=COLORS[method])
+            finite = [point for point in points if math.isfinite(point[1])]
+            axes.plot(*zip(*finite, strict=True), marker="o", label=LABELS[method], color=COLORS[method])
         axes.set(xscale="log", xlabel="learning rate", title=title)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(f"validation loss after {base.steps} steps")
