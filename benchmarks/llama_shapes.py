@@ -1,16 +1,20 @@
 """The parameter shapes of Llama models, for benchmarks that need tensors of the right shapes and no model."""
 
-# vocabulary, width, feed-forward width, layers; from 60m on the models of the GaLore and Stable-SPAM papers
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from pretrain import SHAPES
+
+OF_THE_PAPERS = ("60m", "130m", "350m", "1b", "7b")  # of GaLore and Stable-SPAM
+# vocabulary, width, feed-forward width, layers
 SIZES = {
     "4m": (4000, 256, 688, 2),
     "33m": (7970, 512, 1376, 8),
-    "60m": (32000, 512, 1376, 8),
-    "130m": (32000, 768, 2048, 12),
-    "350m": (32000, 1024, 2736, 24),
-    "1b": (32000, 2048, 5461, 24),
+    **{size: (32000, *SHAPES[size][:3]) for size in OF_THE_PAPERS if size in SHAPES},
     "7b": (32000, 4096, 11008, 32),
 }
-OF_THE_PAPERS = tuple(SIZES)[2:]
 
 
 def width_of(size: str) -> int:
