@@ -6,15 +6,19 @@
 
 The optimizers take turns; p20, p50 and p80 of the step are given in milliseconds, and ratios of medians to fused
 AdamW and to gradient clipping with fused AdamW, which is what the Trainer does by default. A fresh gradient comes
-every step, so that AdaClip clips as it does in training. `--with-pytorch-optimizer` adds that package's StableSPAM,
+every step, so that AdaClip clips as it does in training. On a CPU with numba (extra `cpu`) Stable-SPAM also runs
+without it. `--with-pytorch-optimizer` adds that package's StableSPAM,
 `--all-paths` the foreach and loop paths, `--relatives` SPAM, GaLore, 8- and 4-bit states, Lion, and `stabilize` in
 front of AdamW and Lion. GaLore's figures are those between two decompositions (one every 200 steps).
 """
 
 import argparse
 import sys
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -23,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._record import append_rows, interleaved, quantile
 from benchmarks.llama_shapes import SIZES, llama_shapes, width_of
-from hf_stablespam.optim import SPAM, StableSPAM, stabilize
+from hf_stablespam.optim import SPAM, StableSPAM, cpu_sweep, stabilize
 
 BASE, CLIPPED = "AdamW(fused)", "clip_grad_norm_ + AdamW(fused)"
 WRITES_GRADIENTS = {"pytorch_optimizer.StableSPAM"}  # into those that all share: it gets some of its own
@@ -49,6 +53,18 @@ class Contestant:
         self.next_gradient()
 
 
+class WithoutNumba(StableSPAM):
+    """As where it is not installed."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        with patch.object(cpu_sweep, "compiled_sweep", lambda: None):
+            return super().step(closure)
+
+
+def has_numba(arguments: argparse.Namespace) -> bool:
+    return arguments.device == "cpu" and cpu_sweep.compiled_sweep() is not None
+
+
 def contestants(arguments: argparse.Namespace, rank: int) -> dict[str, tuple[Any, bool]]:
     """Optimizer factories by name, and whether gradients are clipped by their global norm first."""
     off = {"clip_beta": None, "norm_betas": None, "reset_interval": None}
@@ -57,6 +73,8 @@ def contestants(arguments: argparse.Namespace, rank: int) -> dict[str, tuple[Any
         CLIPPED: (lambda p: torch.optim.AdamW(p, fused=True), True),
         "StableSPAM": (StableSPAM, False),
     }
+    if has_numba(arguments):
+        makers["StableSPAM(without numba)"] = (WithoutNumba, False)
     if arguments.all_paths:
         makers["AdamW(foreach)"] = (lambda p: torch.optim.AdamW(p, foreach=True), False)
         makers["StableSPAM(foreach)"] = (lambda p: StableSPAM(p, foreach=True), False)
@@ -164,6 +182,7 @@ def measure(size: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             "state_bytes_per_parameter": round(state_bytes(all_of_them[name]) / numbers, 3),
             "peak_extra_bytes": peak_extra_bytes(all_of_them[name], arguments.device),
             "largest_tensor_bytes": max(grad.nbytes for grad in rows[0]),
+            "numba": version("numba") if has_numba(arguments) else "",
         }
         for name, values in seconds.items()
     ]

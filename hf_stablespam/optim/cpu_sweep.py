@@ -1,7 +1,11 @@
 """One gradient on the CPU measured and clipped: maximum and norm, before and after clipping, without a copy of it."""
 
 import math
-from typing import NamedTuple
+import warnings
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +25,7 @@ class Part(NamedTuple):
     low: float  # smallest entry
     high: float  # largest entry
     square: float  # sum of squares
+    maxima: Any  # (blocks,) the largest |entry| of each block of 1024, from `compiled_sweep`; None without it
 
 
 class Measured(NamedTuple):
@@ -66,8 +71,7 @@ def measure(flat: Tensor, scratch: Scratch) -> Measured:
     grad_max = square = 0.0
     for grad in cut(flat, LONG if flat.dtype == scratch.dtype else PIECE):
         values = scratch.widened("grad", grad)
-        low, high = torch.aminmax(values)
-        parts.append(Part(grad, low.item(), high.item(), _square(values)))
+        parts.append(_read(grad, values))
         grad_max = max(grad_max, parts[-1].high, -parts[-1].low)
         square += parts[-1].square
     if not square <= scratch.largest:
@@ -100,55 +104,83 @@ def clip(measured: Measured, limits: Limits, scratch: Scratch) -> Clipped:
     return Clipped(spikes, len(spikes), measured.square - removed)
 
 
+def _read(grad: Tensor, values: Tensor) -> Part:
+    """Measure consecutive entries, which are also given in the working dtype."""
+    compiled = compiled_sweep()
+    if compiled is None or values is not grad:
+        low, high = torch.aminmax(values)
+        return Part(grad, low.item(), high.item(), _square(values), None)
+    grad_max, square, maxima = compiled.read(grad)
+    return Part(grad, -grad_max, grad_max, square, maxima)
+
+
+@cache
+def compiled_sweep() -> ModuleType | None:
+    """`hf_stablespam.optim.compiled_sweep`, or ``None`` where Numba is not installed or cannot be used."""
+    if find_spec("numba") is None:
+        return None
+    try:
+        from hf_stablespam.optim import compiled_sweep as compiled
+    except ImportError as error:  # it does not fit the NumPy beside it
+        warnings.warn(f"numba is installed but cannot be used, so steps on the CPU are slower: {error}", stacklevel=2)
+        return None
+    return compiled
+
+
 def find_spikes(measured: Measured, threshold: float) -> list[Spike] | None:
     """The entries above the threshold; ``None`` if they are many."""
     found: list[Spike] = []
     first = 0
     for part in measured.parts:
-        for side, extreme in ((1, part.high), (-1, part.low)):
-            if side * extreme > threshold and len(found) <= MANY:
-                found += _search(part.grad, threshold, side, first)
+        if max(part.high, -part.low) > threshold and len(found) <= MANY:
+            found += _search(part, threshold, first)
         first += part.grad.numel()
     return found if len(found) <= MANY else None
 
 
-def _search(values: Tensor, threshold: float, side: int, first: int) -> list[Spike]:
-    """The entries of one sign above the threshold.
-
-    The maxima of blocks say in which blocks they are, and only these blocks are read again.
+def _search(part: Part, threshold: float, first: int) -> list[Spike]:
+    """The entries above the threshold: all of them, or more than ``MANY``.
 
     Args:
-        values: a vector.
+        part: some of a gradient.
         threshold: ``T̂``.
-        side: 1 for positive entries, −1 for negative ones.
-        first: the place of the first value in the gradient.
-
-    Returns:
-        All of them, or more than ``MANY``.
+        first: the place of its first entry in the gradient.
     """
-    entries = values.numel()
-    rest = entries % BLOCK
-    starts = [entries - rest] if rest else []
-    if entries > rest:
-        rows = (values[: entries - rest] if rest else values).view(-1, BLOCK)
-        starts += [row * BLOCK for row in _above(rows.amax(1) if side > 0 else rows.amin(1), threshold, side)]
-    found: list[Spike] = []
-    for start in starts:
-        block = values[start : start + BLOCK]
-        for index in _above(block, threshold, side)[: MANY + 1]:
-            entry = block[index]
-            found.append(Spike(first + start + index, entry, entry.item()))
-        if len(found) > MANY:
+    compiled = compiled_sweep()
+    if compiled is None or part.maxima is None:
+        places = _places_above(part, threshold)
+    else:
+        places = compiled.find(part.grad, part.maxima, threshold, MANY + 1)
+    entries = [part.grad[place] for place in places]
+    return [Spike(first + place, entry, entry.item()) for place, entry in zip(places, entries, strict=True)]
+
+
+def _places_above(part: Part, threshold: float) -> list[int]:
+    """Where entries are above the threshold, or more than ``MANY`` of these; only blocks with such are read again."""
+    places: list[int] = []
+    for start in _blocks_above(part, threshold):
+        if len(places) > MANY:
             break
-    return found
+        places += [start + index for index in _above(part.grad[start : start + BLOCK].abs(), threshold)]
+    return places[: MANY + 1]
 
 
-def _above(values: Tensor, threshold: float, side: int) -> list[int]:
-    """Where values are above a threshold, or (side −1) below its negative."""
+def _blocks_above(part: Part, threshold: float) -> list[int]:
+    """Where the blocks begin that may hold an entry above the threshold."""
+    entries = part.grad.numel()
+    whole = entries - entries % BLOCK
+    rows = part.grad[:whole].view(-1, BLOCK)
+    above = set(_above(rows.amax(1), threshold)) if part.high > threshold else set()
+    if -part.low > threshold:
+        above.update(_above(-rows.amin(1), threshold))
+    return [row * BLOCK for row in sorted(above)] + ([whole] if whole < entries else [])
+
+
+def _above(values: Tensor, threshold: float) -> list[int]:
+    """Where values are above a threshold."""
     if values.dtype in (torch.bfloat16, torch.float16):
         values = values.float()  # else the threshold would be rounded
-    above = values > threshold if side > 0 else values < -threshold
-    return [index for (index,) in above.nonzero().tolist()]
+    return [index for (index,) in (values > threshold).nonzero().tolist()]
 
 
 def scale_spikes(spikes: list[Spike], ratio: float) -> None:

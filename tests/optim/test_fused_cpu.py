@@ -13,9 +13,19 @@ from tests.reference.stable_spam import Hyperparameters, Reference
 SHAPES = [(37, 21), (130,), (), (3, 4, 5), (64,)]
 
 
+@pytest.fixture(params=["numba", "torch"])
+def sweep(request, monkeypatch):
+    """One of the two ways to read a gradient."""
+    if request.param == "numba":
+        pytest.importorskip("numba", reason="numba (extra: cpu) is not installed")
+    else:
+        monkeypatch.setattr(cpu_sweep, "compiled_sweep", lambda: None)
+    return request.param
+
+
 @pytest.fixture(params=["direct", "scratch"])
-def update(request, monkeypatch):
-    """One of the two updates, on tensors cut into many pieces of many blocks."""
+def update(request, monkeypatch, sweep):
+    """One of the two updates, on tensors cut into many pieces of many blocks, read in one of the two ways."""
     if request.param == "scratch":
         monkeypatch.setattr(fused_cpu, "direct_coefficients", lambda *_: None)
     for module in (pieces, cpu_sweep, cpu_scratch):
