@@ -1,6 +1,7 @@
 """The fast path on the CPU: one tensor after the other, measured, clipped and updated while it is in the cache.
 
-* One operation reads the gradient for its largest entry, a second one for its norm, from the cache (`cpu_sweep`).
+* One operation reads the gradient for its largest entry, a second one for its norm, from the cache (`cpu_sweep`); with
+  Numba one read gives both (`compiled_sweep`).
 * The sum of squares after clipping differs only by the few entries above the threshold; the maxima of blocks of 1024
   entries say in which blocks those are, and only these blocks are rewritten, for as long as the update takes.
 * AdaGN is one factor per tensor. For float32 and float64 tensors it goes into the coefficients of PyTorch's fused
