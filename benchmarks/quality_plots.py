@@ -50,6 +50,8 @@ def learning_rates(base: Run, record: Record) -> plt.Figure:
             finite = [point for point in points if math.isfinite(point[1])]
             axes.plot(*zip(*finite, strict=True), marker="o", label=LABELS[method], color=COLORS[method])
         axes.set(xscale="log", xlabel="learning rate", title=title)
+        axes.set_xticks(METHODS["stable_spam"].rates, [f"{rate:g}" for rate in METHODS["stable_spam"].rates])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(f"validation loss after {base.steps} steps")
     panels[0].legend(fontsize="small")
@@ -72,8 +74,8 @@ def curves(base: Run, record: Record) -> plt.Figure:
             axes.plot(*zip(*line, strict=True), styles[precision], color=COLORS[method], alpha=0.7, label=label)
         finals += [line[-1][1] for line in lines]
     if finals:
-        lowest = statistics.fmean(finals)
-        axes.set_ylim(min(finals) - 0.1, lowest + 1.2)
+        mean = statistics.fmean(finals)
+        axes.set_ylim(min(finals) - 0.1, mean + 1.2)
     axes.set(xlabel="update step", ylabel="validation loss")
     axes.grid(alpha=0.3)
     axes.legend()
