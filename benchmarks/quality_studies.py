@@ -109,9 +109,18 @@ def ablation(base: Run, record: Record) -> Iterator[Run]:
 
 
 def resets(base: Run, record: Record) -> Iterator[Run]:
-    """Our resets against the official code's."""
+    """Our resets against the official code's, every 200 steps."""
+    yield from _both_resets(base, "stable_spam_reset", "official_reset200")
+
+
+def frequent_resets(base: Run, record: Record) -> Iterator[Run]:
+    """The same every 100 steps."""
+    yield from _both_resets(base, "stable_spam_reset100", "official_reset100")
+
+
+def _both_resets(base: Run, *methods: str) -> Iterator[Run]:
     for seed in SEEDS:
-        for method in ("stable_spam_reset", "official_reset200", "stable_spam_reset100", "official_reset100"):
+        for method in methods:
             yield replace(base, method=method, precision="int4", learning_rate=DEFAULT_RATE, seed=seed)
 
 
@@ -158,6 +167,9 @@ def at_scale(base: Run, record: Record) -> Iterator[Run]:
 
 STUDIES: dict[str, Callable[[Run, Record], Iterator[Run]]] = {
     study.__name__: study
-    for study in (pairs, formats, relatives, states, sweep, precision, steps, ablation, resets, candidates, at_scale)
+    for study in (
+        *(pairs, formats, relatives, states, sweep, precision, steps),
+        *(ablation, resets, frequent_resets, candidates, at_scale),
+    )
 }
 ON_CPU = tuple(name for name in STUDIES if name != "at_scale")
