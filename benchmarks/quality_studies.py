@@ -168,8 +168,18 @@ def at_scale(base: Run, record: Record) -> Iterator[Run]:
 STUDIES: dict[str, Callable[[Run, Record], Iterator[Run]]] = {
     study.__name__: study
     for study in (
-        *(pairs, formats, relatives, states, sweep, precision, steps),
-        *(ablation, resets, frequent_resets, candidates, at_scale),
+        pairs,
+        formats,
+        relatives,
+        states,
+        sweep,
+        precision,
+        steps,
+        ablation,
+        resets,
+        frequent_resets,
+        candidates,
+        at_scale,
     )
 }
 ON_CPU = tuple(name for name in STUDIES if name != "at_scale")

@@ -54,7 +54,7 @@ class StableSPAM(MeasuringOptimizer):
         maximize: climb instead of descend. Default ``False``.
         foreach: force (``True``) or forbid (``False``) the multi-tensor path. Default ``None``: choose.
         fused: force or forbid the fused path. Default ``None``: choose what fits device, dtype and layout: fused on
-            the CPU (a tenth faster with numba, extra ``cpu``), foreach on CUDA, else one tensor after the other. On
+            the CPU (faster with numba, extra ``cpu``), foreach on CUDA, else one tensor after the other. On
             CUDA ``True`` asks for the Triton kernels, which have only run in Triton's interpreter so far and are
             therefore not chosen by themselves.
         state_dtype: dtype of ``M`` and ``V``, such as ``torch.float32`` for bfloat16 parameters. Default ``None``: the
