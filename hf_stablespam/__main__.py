@@ -5,8 +5,8 @@ import sys
 
 # Subcommand → the module whose `main(arguments)` it is. A script of that name needs `run` before it.
 COMMANDS = {
-    "run": "hf_stablespam.trainer.launcher",
-    "report": "hf_stablespam.monitor.report",
+    "run": "hf_stablespam.trainer.launcher.launch",
+    "report": "hf_stablespam.monitor.report.build",
     "export": "hf_stablespam.trainer.export_checkpoint",
 }
 

@@ -9,7 +9,7 @@ import pytest
 import hf_stablespam
 
 # Importing these does something: the launcher's child site runs hooks, `__main__` is a command.
-NOT_IMPORTED = ("hf_stablespam.trainer.child_site.sitecustomize", "hf_stablespam.__main__")
+NOT_IMPORTED = ("hf_stablespam.trainer.launcher.child_site.sitecustomize", "hf_stablespam.__main__")
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(hf_stablespam.__path__, "hf_stablespam.")

@@ -6,12 +6,12 @@ from hf_stablespam._names import lazy_attributes
 from hf_stablespam.trainer.registration import register
 
 if TYPE_CHECKING:
+    from hf_stablespam.trainer.callbacks.four_bit import FourBitCallback
+    from hf_stablespam.trainer.callbacks.gradient_norm import GradientNormCallback
+    from hf_stablespam.trainer.callbacks.momentum_reset import MomentumResetCallback
+    from hf_stablespam.trainer.callbacks.spike_recorder import SpikeRecorder
+    from hf_stablespam.trainer.callbacks.stabilize import StabilizeCallback
     from hf_stablespam.trainer.checkpoints import last_complete_checkpoint
-    from hf_stablespam.trainer.four_bit import FourBitCallback
-    from hf_stablespam.trainer.gradient_norm import GradientNormCallback
-    from hf_stablespam.trainer.momentum_reset import MomentumResetCallback
-    from hf_stablespam.trainer.spike_recorder import SpikeRecorder
-    from hf_stablespam.trainer.stabilize import StabilizeCallback
 
 __all__ = [
     "FourBitCallback",
@@ -27,11 +27,11 @@ __all__ = [
 __getattr__, __dir__ = lazy_attributes(
     __name__,
     {
-        "FourBitCallback": "hf_stablespam.trainer.four_bit",
-        "GradientNormCallback": "hf_stablespam.trainer.gradient_norm",
-        "MomentumResetCallback": "hf_stablespam.trainer.momentum_reset",
-        "SpikeRecorder": "hf_stablespam.trainer.spike_recorder",
+        "FourBitCallback": "hf_stablespam.trainer.callbacks.four_bit",
+        "GradientNormCallback": "hf_stablespam.trainer.callbacks.gradient_norm",
+        "MomentumResetCallback": "hf_stablespam.trainer.callbacks.momentum_reset",
+        "SpikeRecorder": "hf_stablespam.trainer.callbacks.spike_recorder",
         "last_complete_checkpoint": "hf_stablespam.trainer.checkpoints",
-        "StabilizeCallback": "hf_stablespam.trainer.stabilize",
+        "StabilizeCallback": "hf_stablespam.trainer.callbacks.stabilize",
     },
 )

@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 
 from hf_stablespam.__main__ import COMMANDS
 from hf_stablespam.__main__ import main as hf_stablespam_main
-from hf_stablespam.trainer import launcher
+from hf_stablespam.trainer.launcher import launch as launcher
 from tests.docs.pages import ROOT
 
 # A literal "..." on a page stands for the options of the block before; these are those that a script demands.

@@ -6,7 +6,7 @@ from unittest import mock
 
 from accelerate.commands.config.config_args import load_config_from_file
 
-from hf_stablespam.trainer.sharding import fsdp_version, refuse_flat_shards
+from hf_stablespam.trainer.registration.flat_shards import fsdp_version, refuse_flat_shards
 from tests.trainer.helpers import arguments
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"

@@ -14,7 +14,7 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 ACCELERATE = ("accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0")
 # accelerate has no FSDP on the CPU, which therefore passes for an accelerator; bf16 would hide a difference.
 FSDP2_ON_CPU = ("--config_file", "examples/configs/fsdp2.yaml", "--mixed_precision", "no")
-CPU = "tests/trainer/cpu_as_accelerator.py"
+CPU = "tests/trainer/launcher/cpu_as_accelerator.py"
 SCRIPT = "examples/pretrain.py"
 FSDP2 = ("--fsdp", "full_shard auto_wrap", "--fsdp_config", "examples/configs/fsdp2.json")
 GLOBAL_BATCH = 4

@@ -18,8 +18,8 @@ from hf_stablespam import (
     StableSPAM,
     last_complete_checkpoint,
 )
-from hf_stablespam.trainer.attach import LaunchOptions, attach_callbacks
-from hf_stablespam.trainer.launcher import main as launch
+from hf_stablespam.trainer.launcher.attach import LaunchOptions, attach_callbacks
+from hf_stablespam.trainer.launcher.launch import main as launch
 from tests.trainer.helpers import tiny_trainer
 
 

@@ -1,0 +1,156 @@
+"""What must hold before a model can be written as a packed checkpoint, and what to do where it does not."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_stablespam.quant.config import FourBitConfig
+from hf_stablespam.quant.export.packing import KERNEL_GROUPS, fitting_groups
+from hf_stablespam.quant.formats import FORMATS, ScaleKind, get_format
+from hf_stablespam.quant.linear import FourBitLinear
+
+logger = logging.getLogger(__name__)
+
+
+def check_packable(
+    model: nn.Module, dtype: torch.dtype = torch.bfloat16, leave_unpackable: bool = False
+) -> FourBitConfig:
+    """Raise or warn about what of `model` has no packed form; return its layers' configuration.
+
+    Everything is known before training, so that nobody trains for days and then cannot export.
+
+    Raises:
+        ImportError, ValueError: see `export_4bit`.
+    """
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise ImportError("export_4bit needs compressed-tensors; install it with: pip install 'hf_stablespam[export]'")
+    if hasattr(model, "peft_config"):
+        raise ValueError("a PEFT model cannot be packed; merge the adapter first: model = model.merge_and_unload()")
+    layers = four_bit_layers(model)
+    if not layers:
+        raise ValueError("the model is not converted to 4 bits; call convert_to_4bit(model, config) first")
+    if not hasattr(model, "save_pretrained"):
+        raise ValueError(f"model must be a transformers model with save_pretrained, got {type(model).__name__}")
+    config = next(iter(layers.values())).four_bit
+    _check_format(config, dtype)
+    _check_ties(model, layers)
+    if not leave_unpackable:
+        _check_groups(layers, _group_size(config))
+    return config
+
+
+def four_bit_layers(model: nn.Module) -> dict[str, FourBitLinear]:
+    """The model's converted layers by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FourBitLinear)}
+
+
+def _check_groups(layers: Mapping[str, FourBitLinear], group_size: int) -> None:
+    failing = unpackable(layers, group_size)
+    if not failing:
+        return
+    sizes = []
+    for name in failing:
+        fitting = ", ".join(map(str, fitting_groups(layers[name].in_features))) or "none from 16 to 256"
+        sizes.append(
+            f"{name} has {layers[name].in_features} inputs, which groups of {group_size} do not divide"
+            f" (groups that fit: {fitting})"
+        )
+    raise ValueError(
+        f"{len(failing)} layers cannot be packed: {'; '.join(sizes)}. Train with a group_size that fits, name the"
+        " layers in modules_to_not_convert, or pass leave_unpackable=True to store them unpacked, in bfloat16"
+    )
+
+
+def unpackable(layers: Mapping[str, FourBitLinear], group_size: int) -> list[str]:
+    """Names of the layers whose rows the group does not divide."""
+    return [name for name, layer in layers.items() if layer.in_features % group_size]
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise if a tensor holds nan or inf; the message names all such tensors."""
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if bad:
+        raise ValueError(
+            f"tensors must be finite to be exported, got nan or inf in {', '.join(bad)}; the training has diverged:"
+            " export an earlier checkpoint"
+        )
+
+
+def _group_size(config: FourBitConfig) -> int:
+    assert config.weight is not None
+    return get_format(config.weight).block or config.group_size
+
+
+def _check_format(config: FourBitConfig, dtype: torch.dtype) -> None:
+    packable = ", ".join(repr(name) for name, format in FORMATS.items() if format.packing)
+    if config.weight is None or get_format(config.weight).packing is None:
+        raise ValueError(f"weight={config.weight!r} has no packed form; train with one of {packable}")
+    if config.weight_outliers:
+        raise ValueError(
+            f"weight_outliers={config.weight_outliers}: outliers kept in high precision have no packed form; train with"
+            " weight_outliers=0 (outliers of activations are no obstacle)"
+        )
+    if config.hadamard == "all":
+        raise ValueError(
+            "hadamard='all': transformed weights have no packed form that loads plainly; train with"
+            " hadamard='weight_grad' or None"
+        )
+    format = get_format(config.weight)
+    if format.scale is not ScaleKind.REAL:
+        return
+    if getattr(torch, config.scale_dtype) != dtype:
+        raise ValueError(
+            f"scale_dtype={config.scale_dtype!r} must be the checkpoint's dtype, got {dtype}: rounding the scales now"
+            f" would change the trained weights; pass dtype=torch.{config.scale_dtype}, or train with"
+            f" scale_dtype={str(dtype).removeprefix('torch.')!r}"
+        )
+    if format.zero_point:
+        logger.warning(
+            "weight='int4_asym': compressed-tensors 0.18 to 0.20 loads zero points only with"
+            " from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True)) of transformers 5;"
+            " weight='int4' loads plainly"
+        )
+    if config.group_size not in KERNEL_GROUPS:
+        logger.warning(
+            "group_size=%d: transformers loads it, but vLLM's fast INT4 kernels only know groups of %s; train with"
+            " group_size=128 for them",
+            *(config.group_size, ", ".join(map(str, KERNEL_GROUPS))),
+        )
+
+
+def check_activations(config: FourBitConfig, activations: bool, calibration: Iterable[Any] | None) -> None:
+    """Raise unless an engine can quantize the inputs as training did."""
+    if not activations:
+        return
+    if config.weight not in ("mxfp4", "nvfp4") or config.activation != config.weight:
+        raise ValueError(
+            "activations=True needs 'mxfp4' or 'nvfp4' for both weight and activation, got"
+            f" weight={config.weight!r}, activation={config.activation!r}; export with activations=False (weight-only)"
+        )
+    if config.activation_outliers:
+        raise ValueError(
+            f"activations=True: an engine does not keep activation_outliers={config.activation_outliers}; export with"
+            " activations=False, or train with activation_outliers=0"
+        )
+    if config.activation == "nvfp4" and calibration is None:
+        raise ValueError(
+            "activations=True with 'nvfp4' needs calibration: a few batches, which fix the scale of the inputs; pass"
+            " calibration=[{'input_ids': ...}], or activations=False"
+        )
+
+
+def _check_ties(model: nn.Module, layers: Mapping[str, FourBitLinear]) -> None:
+    owners: dict[int, str] = {}
+    packed = {id(layer.weight): name for name, layer in layers.items()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in packed and owners.setdefault(id(parameter), name) != name:
+            raise ValueError(
+                f"{owners[id(parameter)]} and {name} are one tensor, of which only one use could be packed; name"
+                f" {packed[id(parameter)]!r} in modules_to_not_convert"
+            )

@@ -1,0 +1,152 @@
+"""A model trained in 4 bits → a packed 4-bit checkpoint in the format of compressed-tensors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hf_stablespam.quant.export.calibration import input_amax
+from hf_stablespam.quant.export.checks import (
+    check_activations,
+    check_finite,
+    check_packable,
+    four_bit_layers,
+    unpackable,
+)
+from hf_stablespam.quant.export.packing import compressed_tensors_scheme, pack_weight, stored_multiplier
+from hf_stablespam.quant.linear import FourBitLinear
+from hf_stablespam.quant.scales import tensor_scale
+
+logger = logging.getLogger(__name__)
+
+
+def export_4bit(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    processing_class: Any = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    leave_unpackable: bool = False,
+    activations: bool = False,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    is_main_process: bool = True,
+) -> None:
+    """Write the 4-bit weights of a trained model as a packed checkpoint.
+
+    Plain ``AutoModelForCausalLM.from_pretrained(directory)`` loads it (with compressed-tensors installed), as do
+    inference engines. In bfloat16 its weights are exactly those that the forward pass of training used. (transformers
+    before 5 rounds NVFP4's global scale while loading, and cannot load ``int4_asym``.)
+
+    Args:
+        model: a transformers model converted by `convert_to_4bit`; it is not changed.
+        directory: where to write config, weights (safetensors), generation config and tokenizer.
+        processing_class: tokenizer or processor to save beside the weights; None saves none.
+        dtype: dtype of everything that is not 4-bit.
+        leave_unpackable: store layers whose rows the group does not divide as unpacked numbers, which are those of
+            the 4-bit grid, instead of raising.
+        activations: tell the engine to quantize the inputs as well; only with ``mxfp4`` or ``nvfp4`` for both. The
+            default is weight-only: then inputs are computed with in high precision.
+        calibration: inputs of the model (dictionaries of keyword arguments); needed for the inputs' fixed scale of
+            ``nvfp4`` with `activations`.
+        is_main_process: False on the other processes of a distributed run, which take part but write nothing.
+
+    Raises:
+        ImportError: compressed-tensors is not installed.
+        ValueError: the model is not converted, a weight is not finite, or something has no packed form; the message
+            says what to change.
+
+    Example:
+        >>> export_4bit(model, "llama-4bit", tokenizer)  # doctest: +SKIP
+        >>> AutoModelForCausalLM.from_pretrained("llama-4bit", dtype="auto")  # doctest: +SKIP
+    """
+    config = check_packable(model, dtype, leave_unpackable)
+    check_activations(config, activations, calibration)
+    layers = four_bit_layers(model)
+    quantizer = config.quantizer("weight")
+    assert quantizer is not None  # check_packable refuses weight=None
+    unpacked = set(unpackable(layers, quantizer.group_size))
+    scheme = compressed_tensors_scheme(quantizer, config.activation if activations else None)
+    amax = input_amax(model, layers, calibration) if activations and config.activation == "nvfp4" else {}
+    tensors = _state_dict(model, dtype)
+    check_finite(tensors)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            prefix = f"{name}." if name else ""
+            if name in unpacked:
+                tensors[f"{prefix}weight"] = layer.quantized_weight(dtype)
+                continue
+            del tensors[f"{prefix}weight"]
+            packed = pack_weight(_whole(layer.weight), quantizer, layer.shared_amax(), scheme)
+            if name in amax:
+                packed["input_global_scale"] = stored_multiplier(tensor_scale(amax[name])).reshape(1)
+            tensors.update({f"{prefix}{key}": value.contiguous() for key, value in packed.items()})
+    if is_main_process:
+        _save(model, Path(directory), tensors, _quantization_config(model, scheme, unpacked), dtype)
+        if processing_class is not None:
+            processing_class.save_pretrained(directory)
+        packed_count = len(layers) - len(unpacked)
+        logger.info("exported %d packed and %d unpacked layers to %s", packed_count, len(unpacked), directory)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that FSDP2 has sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state dict with floating-point tensors in `dtype`; tied tensors stay tied."""
+    cast: dict[tuple[int, torch.Size], Tensor] = {}
+    result = {}
+    for name, tensor in model.state_dict().items():
+        tensor = _whole(tensor.detach())
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in cast or tensor.numel() == 0:
+            cast[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        result[name] = cast[key]
+    return result
+
+
+def _quantization_config(model: nn.Module, scheme: Any, unpacked: set[str]) -> dict[str, Any]:
+    """What ``config.json`` says about the packed layers."""
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+
+    plain = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (name in unpacked or not isinstance(module, FourBitLinear))
+    ]
+    config = QuantizationConfig(
+        config_groups={"group_0": scheme},
+        format=str(getattr(scheme.format, "value", scheme.format)),
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=plain,
+    )
+    return json.loads(config.model_dump_json(exclude_none=True))
+
+
+def _save(
+    model: nn.Module, directory: Path, tensors: dict[str, Tensor], quantization: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Let the model save itself with other tensors, and correct what its config says about them."""
+    config: Any = model.config
+    before = getattr(config, "quantization_config", None)
+    config.quantization_config = quantization
+    try:
+        model.save_pretrained(directory, state_dict=tensors)  # type: ignore[operator]
+    finally:
+        if before is None:
+            del config.quantization_config
+        else:
+            config.quantization_config = before
+    path = directory / "config.json"
+    written = json.loads(path.read_text())
+    written["torch_dtype" if "torch_dtype" in written else "dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,1 @@
+"""The callbacks, one to a file; what they share is in `helpers`."""

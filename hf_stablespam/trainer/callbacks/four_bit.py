@@ -1,0 +1,81 @@
+"""Train in 4 bits: a callback that converts the Trainer's model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit
+from hf_stablespam.quant.export.checks import check_packable
+
+
+class FourBitCallback(TrainerCallback):
+    """Converts the model's linear layers to 4 bits before the optimizer is made.
+
+    With `model_init` the Trainer builds the model anew when training begins, and it is converted again then. Converting
+    a converted model does nothing.
+
+    Args:
+        config: formats and which layers; default `FourBitConfig()`.
+        export: write a packed 4-bit checkpoint when training ends: True for the folder ``4bit`` in `output_dir`, or
+            the folder to write to. What cannot be packed is an error before training.
+        leave_unpackable: with `export`: store layers whose rows the group does not divide unpacked instead of raising.
+
+    Raises:
+        TypeError: `config` is something else.
+        ValueError: from `convert_to_4bit`, for example when the model has no linear layer.
+
+    Example:
+        >>> callback = FourBitCallback(FourBitConfig(weight="int4", activation=None))
+        >>> callback.config.weight
+        'int4'
+    """
+
+    def __init__(
+        self,
+        config: FourBitConfig | None = None,
+        *,
+        export: bool | str | os.PathLike[str] = False,
+        leave_unpackable: bool = False,
+    ) -> None:
+        if config is not None and not isinstance(config, FourBitConfig):
+            raise TypeError(f"config must be a FourBitConfig, got {type(config).__name__}; use FourBitConfig(...)")
+        self.config = config or FourBitConfig()
+        self.export = export
+        self.leave_unpackable = leave_unpackable
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
+    ) -> None:
+        if model is not None:
+            convert_to_4bit(model, self.config)
+            if self.export:
+                check_packable(model, leave_unpackable=self.leave_unpackable)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
+    ) -> None:
+        convert_to_4bit(model, self.config)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        processing_class: Any = None,
+        **others: Any,
+    ) -> None:
+        if not self.export:
+            return
+        directory = Path(str(args.output_dir), "4bit") if self.export is True else Path(self.export)
+        export_4bit(
+            model,
+            directory,
+            processing_class,
+            leave_unpackable=self.leave_unpackable,
+            is_main_process=state.is_world_process_zero,
+        )

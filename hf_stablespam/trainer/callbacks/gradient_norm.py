@@ -1,0 +1,177 @@
+"""GradientNormCallback: what the optimizer sees, in the Trainer's logs."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_stablespam.monitor.figures import By, Parts, sqnr_db
+from hf_stablespam.monitor.spikes import SPIKE_SCORES, EntryScores, TensorScores
+from hf_stablespam.monitor.window import Window
+from hf_stablespam.trainer.callbacks.helpers import accelerator_watch
+from hf_stablespam.trainer.callbacks.helpers.kept_state import KeepsState
+from hf_stablespam.trainer.callbacks.helpers.quantization_error import squared_errors
+from hf_stablespam.trainer.callbacks.helpers.reporting import (
+    ReportsFigures,
+    add_to_logs,
+    is_training_log,
+    report_before_others,
+)
+from hf_stablespam.trainer.callbacks.helpers.step_figures import Watched, gradient_figures
+
+PREFIX = "gradients/"
+
+
+class GradientNormCallback(ReportsFigures, KeepsState, TrainerCallback):
+    """Log what the optimizer sees and does: norms, clipped entries, spikes, updates, quantisation error.
+
+    The figures are in every training log, beside the loss: in the console, `trainer_state.json`, TensorBoard, Weights &
+    Biases, trackio. Their names begin with `gradients/`; most come with `_mean` and `_max` over the steps since the
+    last log, so that no spike falls between two logs. `docs/monitoring.md` has them all.
+
+    * For any optimizer: `norm` of the whole gradient, `largest` entry, `spike_score`, `spikes`, `nonfinite` gradients,
+      `weight_norm`, `update_norm` and their `update_ratio`; with 4-bit layers `weight_sqnr_db`.
+    * With `StableSPAM`, or behind `stabilize`: `stable_norm` (of the gradient that enters the moments), AdaClip's
+      `clip_threshold`, the `clipped` entries and their `clipped_share`, AdaGN's `norm_factor`, `resets`.
+
+    `norm`, `largest` and `clip_threshold` are of the gradient before the Trainer's own clipping (`max_grad_norm`).
+    With gradient accumulation, DDP and FSDP2 they are those of the whole gradient, and the same on all processes.
+    A figure that is not finite is left out of the log, because `nan` is no JSON.
+
+    The figures stay on the device until a log is due; one transfer reads them. A checkpoint keeps those since the last
+    log, and the running means of `spike_score="tensor"`, so that a resumed run logs what an undisturbed one does.
+
+    Training is not changed, but making one wraps two things: `CallbackHandler.on_log`, because the Trainer calls the
+    reporting integrations before the user's callbacks, and `Accelerator.clip_grad_norm_`, because the norm before
+    clipping is known nowhere else.
+
+    Args:
+        by: also log figures by "block" (`norm/model.layers.0`, …) or by "tensor" (names as in `named_parameters`).
+            Default None: of the whole model only.
+        spike_score: "tensor" (default) compares the largest entry of each gradient tensor with its running mean
+            over about 100 steps; a score above 10 counts as a spike. "entry" compares each entry with the mean of
+            its own magnitude, as SPAM's paper does (arXiv 2501.06842), where 50 makes a spike; it keeps one float32
+            number per trainable parameter, which is too much for checkpoints: after a resume it begins anew. None:
+            neither.
+        updates: weight and update norms. They need a copy of the trainable weights during the optimizer's step.
+            Default True.
+
+    Raises:
+        ValueError: an argument that is none of these.
+
+    Example:
+        >>> callbacks = [GradientNormCallback(by="block")]  # for Trainer(..., callbacks=callbacks)
+    """
+
+    def __init__(
+        self,
+        by: By = None,
+        *,
+        spike_score: Literal["tensor", "entry"] | None = "tensor",
+        updates: bool = True,
+    ) -> None:
+        self.by = _choice("by", by, ("block", "tensor"), "logs figures of the whole model only")
+        self.spike_score = _choice("spike_score", spike_score, tuple(SPIKE_SCORES), "logs no score")
+        if not isinstance(updates, bool):
+            raise ValueError(f"updates must be True or False, got {updates!r}; False logs no update norms")
+        self.updates = updates
+        report_before_others()
+        accelerator_watch.watch()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._watched: Watched | None = None
+        self._window: Window | None = None
+        self._scores: TensorScores | EntryScores | None = None
+        self._before: list[Tensor] = []
+        self._restored: dict[str, Any] = {}
+
+    def arguments(self) -> dict[str, Any]:
+        return {"by": self.by, "spike_score": self.spike_score, "updates": self.updates}
+
+    def knowledge(self) -> dict[str, Any]:
+        if self._window is None:
+            return self._restored
+        scores = self._scores.knowledge() if isinstance(self._scores, TensorScores) else {}
+        return {"scores": scores, "window": self._window.knowledge()}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._forget()
+        self._restored = self.restored(state)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        accelerator_watch.forget(kwargs["optimizer"])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._watched is None:
+            self._begin(kwargs["model"], kwargs["optimizer"])
+        assert self._watched is not None
+        if self.updates:
+            self._before = [weight.clone() for weight in self._watched.weights()]
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self._watched is not None
+        assert self._window is not None
+        gradients = self._watched.gradients()
+        figures = gradient_figures(self._watched, kwargs["optimizer"], gradients, args.max_grad_norm > 0)
+        with torch.no_grad():
+            figures |= self._spike_figures(figures, gradients)
+            if self.updates:
+                figures |= self._update_figures()
+            self._window.add(figures)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if self._window is None or not is_training_log(logs):
+            return
+        weights, errors = squared_errors(kwargs["model"])
+        figures, sums = self._window.take(errors.flatten())
+        figures |= sqnr_db(weights, sums, self.by)
+        add_to_logs({PREFIX + name: value for name, value in figures.items()}, logs, state.log_history)
+
+    def _begin(self, model: torch.nn.Module, optimizer: Any) -> None:
+        # At the first step and not before: FSDP2 exchanges the parameters while it prepares the model.
+        watched = self._watched = Watched(model, optimizer)
+        entries = [param.numel() for param in watched.params]
+        self._window = Window(Parts(watched.names, entries, self.by, watched.shards.device))
+        self._window.restore(self._restored.get("window", {}), watched.shards.device)
+        if self.spike_score == "tensor":
+            self._scores = TensorScores(len(entries), watched.shards.device)
+            self._scores.restore(self._restored.get("scores", {}))
+        elif self.spike_score == "entry":
+            self._scores = EntryScores(watched.weights())
+
+    def _spike_figures(self, figures: dict[str, Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
+        if self._scores is None:
+            return {}
+        assert self._watched is not None
+        assert self.spike_score is not None
+        if isinstance(self._scores, TensorScores):
+            score = self._scores.update(figures["largest"]).score
+        else:
+            score = self._watched.shards.maxima(self._scores.update(gradients, figures["nonfinite"] == 0))
+        return {"spike_score": score, "spikes": (score > SPIKE_SCORES[self.spike_score]).float()}
+
+    def _update_figures(self) -> dict[str, Tensor]:
+        assert self._watched is not None
+        weights = self._watched.weights()
+        torch._foreach_sub_(self._before, weights)
+        weight_norm, update_norm = self._watched.shards.norms(weights, self._before)
+        self._before = []
+        return {"weight_norm": weight_norm, "update_norm": update_norm}
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...], without: str) -> Any:
+    if value is not None and value not in choices:
+        named = ", ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f"{name} must be {named} or None, got {value!r}; None {without}")
+    return value

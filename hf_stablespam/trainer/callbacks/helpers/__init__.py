@@ -1,0 +1,1 @@
+"""What callbacks need: the optimizer's figures, the logs, state in checkpoints."""

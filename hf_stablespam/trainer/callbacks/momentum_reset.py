@@ -1,0 +1,229 @@
+"""MomentumResetCallback: momentum resets, and a warm-up after each, for any Adam-like optimizer."""
+
+import math
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_stablespam.trainer.callbacks.helpers import accelerator_watch
+from hf_stablespam.trainer.callbacks.helpers.kept_state import KeepsState
+from hf_stablespam.trainer.callbacks.helpers.moments import keeps_moments, reset_moments, unwrap
+from hf_stablespam.trainer.callbacks.helpers.reporting import (
+    ReportsFigures,
+    add_to_logs,
+    is_training_log,
+    report_before_others,
+)
+from hf_stablespam.trainer.callbacks.helpers.step_figures import raw_gradient_norm
+from hf_stablespam.trainer.registration.optim_args import SPAM, STABLE_SPAM, parse_optim_args
+
+PREFIX = "momentum/"
+_FEWEST_NORMS = 5  # a median of fewer says nothing about what is usual
+
+
+class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
+    """Reset the optimizer's moments at chosen steps or after gradient spikes, then warm the learning rate up.
+
+    Works with every optimizer that keeps moments. With `StableSPAM` it takes the place of the optimizer's own
+    `reset_interval`, which it switches off. Steps are counted as the Trainer does, from 1, and derived from
+    `state.global_step`: a resumed run resets at the same steps. The training logs get `momentum/resets`, the resets
+    since the last log, and with a warm-up `momentum/warmup`, the factor on the learning rate at that step.
+
+    After a reset the i-th step trains with `min(1, i / warmup_steps)` times the learning rate of whatever schedule
+    the Trainer runs; the schedule itself does not notice. The `learning_rate` in the logs is the one trained with.
+
+    Making one wraps `CallbackHandler.on_log`, so that the figures come before the reporting integrations, and
+    `Accelerator.clip_grad_norm_`, for the norm before clipping.
+
+    Args:
+        every: reset at each step that this number of update steps divides, before the step's gradient enters the
+            moments (ΔT in the paper); `None` for never.
+        at: single steps to reset at, likewise.
+        on_spike: reset when the norm of the whole gradient (before the Trainer's clipping) exceeds this many times
+            its running median. The reset comes after that step, so that the spike leaves the moments with it: it
+            would otherwise dominate the fresh second moment for a long time. Reads one number from the device per
+            step. `None` for never.
+        warmup_steps: update steps of the warm-up after each reset; 0 for none.
+        spike_window: update steps that the running median covers.
+        spike_pause: update steps after a spike's reset in which no other spike resets.
+
+    Raises:
+        ValueError: an argument out of range, nothing to reset at, or a warm-up that would never end; at the start
+            of training an optimizer without moments, a second such callback, or `reset_interval` in `optim_args`.
+
+    Example:
+        >>> callback = MomentumResetCallback(every=500, warmup_steps=50)
+    """
+
+    def __init__(
+        self,
+        every: int | None = None,
+        at: Iterable[int] = (),
+        on_spike: float | None = None,
+        warmup_steps: int = 0,
+        *,
+        spike_window: int = 100,
+        spike_pause: int = 100,
+    ) -> None:
+        report_before_others()
+        accelerator_watch.watch()
+        self.every = None if every is None else _integer("every", every, 1, "None switches it off")
+        self.at = sorted({_integer("at", step, 1, "steps count from 1") for step in _listed(at)})
+        self.on_spike = _spike_factor(on_spike)
+        self.warmup_steps = _integer("warmup_steps", warmup_steps, 0, "0 switches the warm-up off")
+        self.spike_window = _integer("spike_window", spike_window, _FEWEST_NORMS, "100 is usual")
+        self.spike_pause = _integer("spike_pause", spike_pause, 1, "100 is usual")
+        if self.every is None and not self.at and self.on_spike is None:
+            raise ValueError("MomentumResetCallback never resets: every, at and on_spike are all unset; set one")
+        if self.every is not None and self.warmup_steps >= self.every:
+            raise ValueError(
+                f"warmup_steps must be below every={self.every}, got {self.warmup_steps}: the next reset would come "
+                "before the learning rate is back; use fewer"
+            )
+        self.norms: list[float] = []  # the last finite gradient norms, oldest first
+        self.last_spike = 0  # the last step whose spike caused a reset
+        self.unlogged_resets = 0
+        self._factor = 1.0  # on the learning rate of the current step
+        self._schedule_lrs: list[Any] | None = None  # while a warm-up has changed them
+
+    def arguments(self) -> dict[str, Any]:
+        names = ("every", "at", "on_spike", "warmup_steps", "spike_window", "spike_pause")
+        return {name: getattr(self, name) for name in names}
+
+    def knowledge(self) -> dict[str, Any]:
+        return {"norms": list(self.norms), "last_spike": self.last_spike, "unlogged_resets": self.unlogged_resets}
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._check_sole_owner(args, state)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._check_sole_owner(args, state)
+        optimizer = unwrap(kwargs["optimizer"])
+        if not keeps_moments(optimizer):
+            raise ValueError(
+                f"MomentumResetCallback needs an optimizer that keeps moments, got {type(optimizer).__name__}; "
+                "remove the callback, or use an optimizer such as stable_spam or adamw_torch"
+            )
+        # Here and not earlier: loading a checkpoint has just brought back the interval that was saved.
+        for group in optimizer.param_groups:
+            if "reset_interval" in group:
+                group["reset_interval"] = None
+        self._restore(state)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        accelerator_watch.forget(kwargs["optimizer"])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        step = state.global_step + 1
+        if self._is_scheduled(step):
+            self._reset(kwargs["optimizer"])
+        self._factor = self._warmup_factor(step)
+        if self._factor < 1:
+            groups = kwargs["optimizer"].param_groups
+            self._schedule_lrs = [group["lr"] for group in groups]
+            for group in groups:
+                group["lr"] = group["lr"] * self._factor
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._schedule_lrs is not None:
+            # Schedulers that compute the next rate from the present one must find what they left.
+            for group, lr in zip(kwargs["optimizer"].param_groups, self._schedule_lrs, strict=True):
+                group["lr"] = lr
+            self._schedule_lrs = None
+        if self.on_spike is not None and self._is_spike(
+            float(raw_gradient_norm(kwargs["model"], kwargs["optimizer"])), state.global_step + 1
+        ):
+            self.last_spike = state.global_step + 1
+            self._reset(kwargs["optimizer"])
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if not is_training_log(logs):
+            return
+        figures: dict[str, float] = {PREFIX + "resets": self.unlogged_resets}
+        if self.warmup_steps:
+            figures[PREFIX + "warmup"] = self._factor
+            if "learning_rate" in logs:
+                figures["learning_rate"] = logs["learning_rate"] * self._factor
+        add_to_logs(figures, logs, state.log_history)
+        self.unlogged_resets = 0
+
+    def _check_sole_owner(self, args: TrainingArguments, state: TrainerState) -> None:
+        dialect = {"stable_spam": STABLE_SPAM, "spam": SPAM}.get(getattr(args.optim, "value", args.optim))
+        interval = parse_optim_args(args.optim_args, dialect).get("reset_interval") if dialect else None
+        if interval is not None:
+            raise ValueError(
+                f"optim_args sets reset_interval={interval} beside a MomentumResetCallback, which owns the resets; "
+                "leave reset_interval out, or remove the callback"
+            )
+        places: Any = state.stateful_callbacks
+        if isinstance(places.get(type(self).__name__), list):
+            raise ValueError(
+                "There are two MomentumResetCallbacks in one Trainer, but resets have one owner; "
+                "give the steps of both to one callback, with every= and at="
+            )
+
+    def _restore(self, state: TrainerState) -> None:
+        saved = self.restored(state)
+        self.norms = list(saved.get("norms", []))
+        self.last_spike = saved.get("last_spike", 0)
+        self.unlogged_resets = saved.get("unlogged_resets", 0)
+        self._factor, self._schedule_lrs = 1.0, None
+
+    def _reset(self, optimizer: Any) -> None:
+        reset_moments(optimizer)
+        self.unlogged_resets += 1
+
+    def _is_scheduled(self, step: int) -> bool:
+        return step in self.at or (self.every is not None and step % self.every == 0)
+
+    def _warmup_factor(self, step: int) -> float:
+        """The factor on the learning rate of `step`, 1 outside of a warm-up."""
+        if not self.warmup_steps:
+            return 1.0
+        first_steps = [first for first in self.at if first <= step]
+        if self.every is not None and step >= self.every:
+            first_steps.append(step - step % self.every)
+        if self.last_spike:
+            first_steps.append(self.last_spike + 1)
+        return min(1.0, (step - max(first_steps) + 1) / self.warmup_steps) if first_steps else 1.0
+
+    def _is_spike(self, norm: float, step: int) -> bool:
+        """Take `norm` into the running median; whether it stood out from those before it."""
+        if not math.isfinite(norm):
+            return False
+        assert self.on_spike is not None
+        usual = statistics.median(self.norms) if len(self.norms) >= _FEWEST_NORMS else math.inf
+        self.norms = [*self.norms, norm][-self.spike_window :]
+        rested = not self.last_spike or step - self.last_spike >= self.spike_pause
+        return rested and norm > self.on_spike * usual
+
+
+def _integer(name: str, value: object, least: int, remedy: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}; {remedy}")
+    return value
+
+
+def _listed(at: object) -> list[Any]:
+    if isinstance(at, str) or not isinstance(at, Iterable):
+        raise ValueError(f"at must be a list of steps, got {at!r}; write at=[...], or every=... for a regular reset")
+    return list(at)
+
+
+def _spike_factor(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 < value < math.inf:
+        raise ValueError(f"on_spike must be a finite number above 1, got {value!r}; None switches it off")
+    return float(value)

@@ -1,0 +1,1 @@
+"""`python -m hf_stablespam SCRIPT …`: any training script, unchanged, with what the flags ask for."""

@@ -1,0 +1,95 @@
+"""Callbacks that the launcher's flags ask for, on every Trainer that a script builds."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from hf_stablespam.trainer.registration.after_import import after_import
+
+if TYPE_CHECKING:
+    from hf_stablespam.quant import FourBitConfig
+
+_MARK = "_hf_stablespam"
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """What the launcher's flags ask for, here and in every process that the script starts.
+
+    Args:
+        four_bit: format of weights and activations of the linear layers, `None` to leave them alone.
+        gradient_norms: attach a `GradientNormCallback`.
+        reset_every: attach a `MomentumResetCallback` with this interval in update steps, `None` for none.
+        built: a file that each process that builds a Trainer creates.
+    """
+
+    four_bit: str | None = None
+    gradient_norms: bool = False
+    reset_every: int | None = None
+    built: str = ""
+
+    @property
+    def flags(self) -> list[str]:
+        """The flags that ask for a callback, as they are written."""
+        wanted = {
+            "--four-bit": self.four_bit is not None,
+            "--gradient-norms": self.gradient_norms,
+            "--reset-every": self.reset_every is not None,
+        }
+        return [flag for flag, is_wanted in wanted.items() if is_wanted]
+
+
+def attach_callbacks(options: LaunchOptions) -> None:
+    """Add the callbacks to every Trainer that is built from now on, and leave word when one was.
+
+    Asked again, for example by a launcher under a launcher, the last options count.
+    """
+
+    def wrap(trainer_callback: ModuleType) -> None:
+        handler_cls = trainer_callback.CallbackHandler
+        original = getattr(handler_cls.__init__, _MARK, handler_cls.__init__)
+
+        @functools.wraps(original)
+        def __init__(self: Any, callbacks: list[Any], *args: Any, **kwargs: Any) -> None:
+            original(self, [*callbacks, *_wanted(options, callbacks)], *args, **kwargs)
+            Path(options.built).touch()
+
+        setattr(__init__, _MARK, original)
+        handler_cls.__init__ = __init__
+
+    after_import("transformers.trainer_callback", wrap)
+
+
+def four_bit_config(name: str) -> "FourBitConfig":
+    """The configuration that the one word after `--four-bit` stands for.
+
+    Weights and activations share the format, but for `int4_asym`: a zero point is of use for weights, and
+    activations keep the symmetric grid, as in the paper.
+    """
+    from hf_stablespam.quant import FourBitConfig
+
+    return FourBitConfig(weight=name, activation="int4" if name == "int4_asym" else name)
+
+
+def _wanted(options: LaunchOptions, present: list[Any]) -> list[Any]:
+    """The callbacks that flags ask for; an error where the script has one of that kind already."""
+    from hf_stablespam.trainer.callbacks.four_bit import FourBitCallback
+    from hf_stablespam.trainer.callbacks.gradient_norm import GradientNormCallback
+    from hf_stablespam.trainer.callbacks.momentum_reset import MomentumResetCallback
+
+    wanted: dict[str, Any] = {}
+    if options.four_bit is not None:
+        wanted["--four-bit"] = FourBitCallback(four_bit_config(options.four_bit))
+    if options.gradient_norms:
+        wanted["--gradient-norms"] = GradientNormCallback()
+    if options.reset_every is not None:
+        wanted["--reset-every"] = MomentumResetCallback(every=options.reset_every)
+    kinds = [callback if isinstance(callback, type) else type(callback) for callback in present]
+    for flag, callback in wanted.items():
+        if type(callback) in kinds:
+            raise ValueError(
+                f"{flag} would attach a second {type(callback).__name__}: the script has one; leave {flag} out"
+            )
+    return list(wanted.values())

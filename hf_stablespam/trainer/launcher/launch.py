@@ -1,0 +1,140 @@
+"""Run any training script, unchanged, with `stable_spam` registered and the callbacks that flags ask for.
+
+The script runs in this very process, as `python SCRIPT` would run it. Processes that it starts (`torchrun`,
+`accelerate launch`, TRL's command line) find `child_site/sitecustomize.py` on their `PYTHONPATH` and read what to do
+from an environment variable.
+"""
+
+import argparse
+import json
+import os
+import runpy
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from hf_stablespam.trainer.launcher.attach import LaunchOptions, attach_callbacks, four_bit_config
+from hf_stablespam.trainer.registration import register
+
+ENVIRONMENT = "HF_STABLESPAM_LAUNCH"
+_CHILD_SITE = Path(__file__).parent / "child_site"
+
+_DESCRIPTION = """\
+Run a training script, unchanged: --optim stable_spam becomes one of its choices, and the flags below attach callbacks
+to its Trainer. Options of the launcher come before the script, everything after it belongs to the script."""
+
+_EXAMPLES = """\
+examples:
+  python -m hf_stablespam train.py --optim stable_spam --max_grad_norm 0
+  python -m hf_stablespam --four-bit int4 --gradient-norms train.py --optim stable_spam --max_grad_norm 0
+  python -m hf_stablespam -m package.train --optim stable_spam
+  python -m hf_stablespam $(which trl) sft --optim stable_spam
+  torchrun --nproc_per_node 2 -m hf_stablespam train.py --optim stable_spam
+
+other commands, each with its own --help:
+  python -m hf_stablespam report RUN [RUN ...]       compare runs in one HTML file
+  python -m hf_stablespam export CHECKPOINT OUTPUT   write a packed 4-bit checkpoint
+  python -m hf_stablespam run SCRIPT                 the same as without `run`, for a script called `report`"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a script as the command line `arguments` say (default: those of this process).
+
+    Returns:
+        0; where the script ends with a status of its own, `SystemExit` carries that.
+    """
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    options = LaunchOptions(parsed.four_bit, parsed.gradient_norms, parsed.reset_every)
+    if options.four_bit is not None:
+        _check_format(options.four_bit, parser)
+    if not parsed.module and not os.path.exists(parsed.script):
+        parser.error(
+            f"SCRIPT must be an existing file, got {parsed.script!r}; give its path ($(which NAME) for an installed "
+            "command), or -m MODULE"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        options = replace(options, built=str(Path(folder) / "built"))
+        _reach_children(options)
+        prepare(options)
+        _run(parsed.script, parsed.arguments, is_module=parsed.module)
+        if options.flags and not Path(options.built).exists() and not {"-h", "--help"} & {*parsed.arguments}:
+            parser.exit(
+                2,
+                f"hf_stablespam: {parsed.script} ended without building a Trainer, so that {' '.join(options.flags)} "
+                "had nothing to attach to; remove the flag, or launch the script that trains\n",
+            )
+    return 0
+
+
+def prepare(options: LaunchOptions) -> None:
+    """Register the optimizer, and attach the callbacks to every Trainer that this process will build."""
+    register()
+    attach_callbacks(options)
+
+
+def prepare_child() -> None:
+    """The same in a process that the script started, from the environment; nothing where that is not set."""
+    text = os.environ.get(ENVIRONMENT)
+    if text:
+        prepare(LaunchOptions(**json.loads(text)))
+
+
+def _reach_children(options: LaunchOptions) -> None:
+    os.environ[ENVIRONMENT] = json.dumps(asdict(options))
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path != str(_CHILD_SITE)]
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(_CHILD_SITE), *filter(None, paths)])
+
+
+def _run(script: str, arguments: list[str], *, is_module: bool) -> None:
+    """Run `script` as `python` would; an exit with status 0 counts as a return."""
+    sys.argv = [script, *arguments]
+    sys.path[0] = os.getcwd() if is_module else str(Path(script).resolve().parent)
+    try:
+        if is_module:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise
+
+
+def _check_format(name: str, parser: argparse.ArgumentParser) -> None:
+    try:
+        four_bit_config(name)
+    except ValueError as error:
+        parser.error(f"--four-bit: {error}")
+
+
+def _interval(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}; leave it out for no resets")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m hf_stablespam",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--four-bit",
+        metavar="FORMAT",
+        help="train the linear layers with 4-bit weights and activations: int4, int4_asym, fp4_e1m2, fp4_e2m1, "
+        "mxfp4, nvfp4",
+    )
+    parser.add_argument(
+        "--gradient-norms", action="store_true", help="log gradient norms, and with stable_spam the clipped entries"
+    )
+    parser.add_argument(
+        "--reset-every", metavar="N", type=_interval, help="reset the optimizer's moments every N update steps"
+    )
+    parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module")
+    parser.add_argument("script", metavar="SCRIPT", help="the script to run, or with -m the module")
+    parser.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="the script's own arguments")
+    return parser

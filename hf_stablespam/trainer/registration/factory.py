@@ -1,0 +1,186 @@
+"""From `TrainingArguments` to an optimizer: the Trainer methods that `optim="stable_spam"` and `"spam"` go through."""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from hf_stablespam.trainer.registration.flat_shards import refuse_flat_shards
+from hf_stablespam.trainer.registration.galore_groups import (
+    PROJECTION_OPTIONS,
+    check_layerwise,
+    parameter_groups,
+    say_what_the_gap_means,
+)
+from hf_stablespam.trainer.registration.optim_args import SPAM as SPAM_DIALECT
+from hf_stablespam.trainer.registration.optim_args import parse_optim_args
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    from hf_stablespam.optim import SPAM, StableSPAM
+
+logger = logging.getLogger(__name__)
+
+_MARK = "_hf_stablespam"
+
+
+def optimizer_cls_and_kwargs(
+    args: "TrainingArguments", model: "torch.nn.Module | None" = None
+) -> "tuple[type[StableSPAM], dict[str, Any]]":
+    """The class and the keyword arguments that the Trainer builds its optimizer from.
+
+    Learning rate, betas and epsilon come from their fields in `args`, the weight decay from the groups that the
+    Trainer makes, everything else from `args.optim_args`. Unless it says otherwise the decay spans the run:
+    `decay_steps="auto"`, replaced by the number of update steps as soon as the Trainer knows it. With `rank` in
+    `optim_args` the groups are made here: the layers that `args.optim_target_modules` means, and the others.
+
+    Raises:
+        ValueError: `optim_args` cannot be read, or asks for what other arguments rule out; or the run is sharded in a
+            way that leaves no whole tensors.
+    """
+    from hf_stablespam.optim import LayerwiseStableSPAM, StableSPAM
+
+    refuse_flat_shards(args)
+    warn_of_global_clipping(args)
+    kwargs = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "decay_steps": "auto",
+        **parse_optim_args(args.optim_args),
+    }
+    say_what_the_gap_means(kwargs, args.optim_args)
+    layerwise = kwargs.pop("layerwise", False)
+    if layerwise:
+        check_layerwise(args)
+    if kwargs.get("rank") is not None or args.optim_target_modules is not None:
+        projection = {name: kwargs.pop(name) for name in PROJECTION_OPTIONS if name in kwargs}
+        kwargs["params"] = parameter_groups(args, model, projection)
+    return LayerwiseStableSPAM if layerwise else StableSPAM, kwargs
+
+
+def spam_cls_and_kwargs(
+    args: "TrainingArguments", model: "torch.nn.Module | None" = None
+) -> "tuple[type[SPAM], dict[str, Any]]":
+    """The same for `optim="spam"`. (The paper's ε is 1e-6; the Trainer's own default, `adam_epsilon`, is 1e-8.)
+
+    Raises:
+        ValueError: `optim_args` cannot be read.
+    """
+    from hf_stablespam.optim import SPAM
+
+    warn_of_global_clipping(args, "SPAM")
+    kwargs = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        **parse_optim_args(args.optim_args, SPAM_DIALECT),
+    }
+    return SPAM, kwargs
+
+
+# `optim` → what builds it.
+BUILDERS: Mapping[str, Callable[["TrainingArguments", Any], tuple[Any, dict[str, Any]]]] = {
+    "spam": spam_cls_and_kwargs,
+    "stable_spam": optimizer_cls_and_kwargs,
+}
+
+
+def warn_of_global_clipping(args: "TrainingArguments", method: str = "Stable-SPAM") -> None:
+    """Say, once per run, that the Trainer's own clipping takes the spikes away before AdaClip sees them."""
+    if args.max_grad_norm > 0 and args.process_index == 0:
+        logger.warning(
+            "max_grad_norm=%s clips the whole gradient before %s sees it: its own spike clipping then "
+            "works on shrunken gradients and its thresholds follow them. Set max_grad_norm=0.",
+            args.max_grad_norm,
+            method,
+        )
+
+
+def set_decay_steps(optimizer: "torch.optim.Optimizer", num_training_steps: int) -> None:
+    """Replace `decay_steps="auto"` in the optimizer's groups by the run's number of update steps."""
+    for group in optimizer.param_groups:
+        if group.get("decay_steps") == "auto":
+            group["decay_steps"] = num_training_steps
+
+
+def wrap_trainer(trainer_cls: "type[Trainer]") -> None:
+    """Teach `Trainer`, and so every subclass, what `optim` means for the names of `BUILDERS`. Twice is harmless."""
+    if getattr(trainer_cls.get_optimizer_cls_and_kwargs, _MARK, False):
+        return
+    trainer_cls.get_optimizer_cls_and_kwargs = staticmethod(  # type: ignore[method-assign]
+        _knowing(trainer_cls.get_optimizer_cls_and_kwargs)
+    )
+    trainer_cls.create_scheduler = _resolving_auto(trainer_cls.create_scheduler)  # type: ignore[method-assign]
+    trainer_cls._load_optimizer_and_scheduler = _with_a_number(  # type: ignore[method-assign]
+        trainer_cls._load_optimizer_and_scheduler
+    )
+
+
+def _knowing(original: Any) -> Any:
+    @functools.wraps(original)
+    def get_optimizer_cls_and_kwargs(args: "TrainingArguments", model: Any = None) -> tuple[Any, Any]:
+        build = BUILDERS.get(getattr(args.optim, "value", args.optim))
+        return build(args, model) if build is not None else original(args, model)
+
+    setattr(get_optimizer_cls_and_kwargs, _MARK, True)
+    return get_optimizer_cls_and_kwargs
+
+
+def _resolving_auto(original: Any) -> Any:
+    # The one place that every supported version goes through with the number of steps known, the optimizer
+    # built, and the checkpoint not yet loaded: a resumed run therefore keeps the value that it began with.
+    @functools.wraps(original)
+    def create_scheduler(self: "Trainer", num_training_steps: int, optimizer: Any = None) -> Any:
+        target = self.optimizer if optimizer is None else optimizer
+        if target is not None:
+            set_decay_steps(target, num_training_steps)
+        return original(self, num_training_steps, optimizer)
+
+    return create_scheduler
+
+
+def _groups(optimizer: Any) -> list[dict[str, Any]]:
+    return getattr(optimizer, "param_groups", [])  # what stands for one of DeepSpeed's has none
+
+
+class _NotYet(int):
+    """Stands for `"auto"` where a number is needed before the Trainer says which."""
+
+
+def _with_a_number(original: Any) -> Any:
+    # torch's distributed checkpoints take a step without gradients before they load, and "auto", which still stands
+    # there where a script has its own `create_scheduler`, cannot be stepped with. What was saved replaces it.
+    @functools.wraps(original)
+    def _load_optimizer_and_scheduler(self: "Trainer", checkpoint: Any) -> Any:
+        for group in _groups(self.optimizer):
+            if group.get("decay_steps") == "auto":
+                group["decay_steps"] = _NotYet(1)
+        result = original(self, checkpoint)
+        for group in _groups(self.optimizer):
+            if isinstance(group.get("decay_steps"), _NotYet):
+                group["decay_steps"] = "auto"
+        return result
+
+    return _load_optimizer_and_scheduler
+
+
+def wrap_callback_handler(handler_cls: Any) -> None:
+    """Resolve `decay_steps="auto"` at the start of training where it still stands. Twice is harmless.
+
+    A subclass of the Trainer with a `create_scheduler` of its own never comes through ours.
+    """
+    original = handler_cls.on_train_begin
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def on_train_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.optimizer is not None:
+            set_decay_steps(self.optimizer, state.max_steps)
+        return original(self, args, state, control, **kwargs)
+
+    setattr(on_train_begin, _MARK, True)
+    handler_cls.on_train_begin = on_train_begin

@@ -1,0 +1,61 @@
+"""Make `optim="stable_spam"` and `"spam"` choices of transformers, as if they were its own."""
+
+from types import ModuleType
+from typing import Any
+
+from hf_stablespam.trainer.registration import factory
+from hf_stablespam.trainer.registration.after_import import after_import
+
+
+def register() -> None:
+    """Register `optim="stable_spam"` and `"spam"` with transformers: the names, and the optimizers they stand for.
+
+    `import hf_stablespam` calls this. transformers is not imported here: what is already loaded is taught at
+    once, the rest when it is loaded. A command line parser (`HfArgumentParser`) that was built before does not
+    know the name. Calling it again does nothing.
+
+    Example:
+        >>> from hf_stablespam import register
+        >>> register()
+        >>> from transformers import TrainingArguments
+        >>> TrainingArguments("out", optim="stable_spam", max_grad_norm=0, report_to="none").optim.value
+        'stable_spam'
+    """
+    after_import("transformers.training_args", _add_optimizer_name)
+    after_import("transformers.trainer", _teach_trainer)
+    after_import("transformers.trainer_callback", _teach_callback_handler)
+
+
+def _add_optimizer_name(training_args: ModuleType) -> None:
+    names = training_args.OptimizerNames
+    for name in factory.BUILDERS:
+        if name not in names._value2member_map_:
+            _add_member(names, name)
+
+
+def _teach_trainer(trainer: ModuleType) -> None:
+    factory.wrap_trainer(trainer.Trainer)
+
+
+def _teach_callback_handler(trainer_callback: ModuleType) -> None:
+    factory.wrap_callback_handler(trainer_callback.CallbackHandler)
+
+
+def _add_member(enum: Any, value: str) -> None:
+    """Add `value` to a string enum: argparse's choices and `--help` iterate over the enum's own tables."""
+    name = value.upper()
+    member: Any = str.__new__(enum, value)
+    member._name_ = name
+    member._value_ = value
+    member.__objclass__ = enum
+    member._sort_order_ = len(enum._member_names_)
+    # `training_args.bin` must open in a process that never imported this package: there the name is a plain str.
+    member.__reduce_ex__ = lambda protocol: (str, (value,))
+    member.__deepcopy__ = lambda memo: member
+    type.__setattr__(enum, name, member)
+    enum._member_names_.append(name)
+    enum._member_map_[name] = member
+    enum._value2member_map_[value] = member
+    hashable_values = getattr(enum, "_hashable_values_", None)  # from Python 3.13 on
+    if hashable_values is not None:
+        hashable_values.append(value)

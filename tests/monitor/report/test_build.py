@@ -1,0 +1,91 @@
+import re
+from html import unescape
+
+import pytest
+
+from hf_stablespam.monitor.report import build as report
+
+from .report_data import write_run
+
+ATTACK = "<script>alert(1)<script>"
+
+
+def test_the_command_writes_one_file_and_says_which(tmp_path, capsys):
+    write_run(tmp_path / "runs" / "adamw")
+    output = tmp_path / "out" / "report.html"
+    assert report.main([str(tmp_path / "runs"), "-o", str(output)]) == 0
+    assert capsys.readouterr().out == f"{output}\n"
+    assert [path.name for path in output.parent.iterdir()] == ["report.html"]
+
+
+def test_the_file_needs_no_network(tmp_path):
+    (path,) = report.write_report([write_run(tmp_path / "run")], tmp_path / "report.html")
+    html = path.read_text()
+    assert not re.findall(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=", html)
+    assert "default-src 'none'" in unescape(html)
+
+
+def test_names_and_settings_are_escaped(tmp_path):
+    folder = write_run(tmp_path / ATTACK)
+    (folder / "config.json").write_text('{"model_type": "<img src=x onerror=alert(2)>"}')
+    html = report.write_report([folder], tmp_path / "report.html")[0].read_text()
+    assert "<script>alert(1)" not in html
+    assert "&lt;script&gt;alert(1)&lt;script&gt;" in html
+    assert "<img" not in html
+    assert "&lt;img src=x onerror=alert(2)&gt;" in html
+
+
+def test_png_writes_each_diagram(tmp_path, capsys):
+    write_run(tmp_path / "a $x$", blocks=2)
+    write_run(tmp_path / "b", ours=False)
+    runs = [str(tmp_path / "a $x$"), str(tmp_path / "b")]
+    assert report.main([*runs, "-o", str(tmp_path / "report.html"), "--png"]) == 0
+    names = {path.name for path in tmp_path.glob("*.png")}
+    assert names == {
+        f"report-{key}.png" for key in ("loss", "perplexity", "gradient_norm", "clipped", "learning_rate", "blocks-1")
+    }
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
+    assert len(capsys.readouterr().out.splitlines()) == 7
+
+
+def test_a_run_that_logged_nothing(tmp_path, capsys):
+    folder = write_run(tmp_path / "silent", rows=[])
+    assert report.main([str(folder), "-o", str(tmp_path / "report.html")]) == 1
+    assert "error: each run must have logged something, silent has not" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "which has none; the Trainer writes one"), ('{"log_hist', "broken or truncated")],
+    ids=["no run", "truncated"],
+)
+def test_errors_are_one_line_and_no_traceback(tmp_path, capsys, content, message):
+    (tmp_path / "run").mkdir()
+    if content is not None:
+        (tmp_path / "run" / "trainer_state.json").write_text(content)
+    assert report.main([str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_without_bokeh_the_error_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "hf_stablespam.monitor.report.bokeh_figures", None)
+    monkeypatch.delattr("hf_stablespam.monitor.report.bokeh_figures", raising=False)
+    with pytest.raises(ImportError, match=r"pip install 'hf_stablespam\[report\]'"):
+        report.write_report([write_run(tmp_path / "run")], tmp_path / "report.html")
+
+
+def test_five_long_runs_stay_below_the_limit(tmp_path):
+    for i in range(5):
+        write_run(tmp_path / "runs" / f"run{i}", steps=20_000, seed=i, blocks=24 if i == 0 else 0)
+    (path,) = report.write_report([tmp_path / "runs"], tmp_path / "report.html")
+    assert path.stat().st_size <= report.LARGEST
+
+
+def test_a_report_that_would_be_too_large_is_thinned(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "run", steps=3000)
+    full = report.write_report([folder], tmp_path / "full.html")[0].stat().st_size
+    monkeypatch.setattr(report, "LARGEST", full - 20_000)
+    assert report.write_report([folder], tmp_path / "thin.html")[0].stat().st_size <= full - 20_000

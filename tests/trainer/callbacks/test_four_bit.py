@@ -1,0 +1,158 @@
+"""FourBitCallback in the Trainer."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from hf_stablespam.quant import FourBitConfig, FourBitLinear
+from hf_stablespam.trainer.callbacks.four_bit import FourBitCallback
+from hf_stablespam.trainer.export_checkpoint import export_checkpoint
+from hf_stablespam.trainer.export_checkpoint import main as export_main
+
+
+def tiny() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+        )
+    )
+
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict:
+        ids = torch.randint(0, 64, (16,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": ids}
+
+
+def arguments(path: Path, save: bool = False) -> TrainingArguments:
+    return TrainingArguments(
+        str(path),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="steps" if save else "no",
+        save_steps=3,
+        disable_tqdm=True,
+        max_grad_norm=0.0,
+    )
+
+
+def test_the_model_is_converted_at_once_and_trains(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny()
+    keys, before = list(model.state_dict()), model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    with caplog.at_level(logging.INFO, logger="hf_stablespam"):
+        trainer = Trainer(model, arguments(tmp_path), train_dataset=Data(), callbacks=[FourBitCallback()])
+    assert isinstance(model.model.layers[0].mlp.up_proj, FourBitLinear)
+    assert type(model.lm_head) is torch.nn.Linear
+    trainer.train()
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+    assert list(model.state_dict()) == keys
+    lines = [record.getMessage() for record in caplog.records if "4-bit training" in record.getMessage()]
+    assert len(lines) == 1
+    assert "converted 14 linear layers" in lines[0]
+    assert "lm_head (Linear)" in lines[0]
+
+
+def test_a_model_made_by_model_init_is_converted_when_training_begins(tmp_path: Path) -> None:
+    trainer = Trainer(
+        model_init=tiny,
+        args=arguments(tmp_path),
+        train_dataset=Data(),
+        callbacks=[FourBitCallback(FourBitConfig.nvfp4())],
+    )
+    first = trainer.model
+    trainer.train()
+    assert trainer.model is not first
+    assert isinstance(trainer.model.model.layers[1].self_attn.q_proj, FourBitLinear)
+
+
+def test_saved_models_are_ordinary_checkpoints(tmp_path: Path) -> None:
+    trainer = Trainer(tiny(), arguments(tmp_path), train_dataset=Data(), callbacks=[FourBitCallback()])
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert type(plain.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    for key, value in trainer.model.state_dict().items():
+        assert torch.equal(plain.state_dict()[key], value)
+    assert FourBitConfig.from_dict(plain.config.four_bit_training) == FourBitConfig()
+
+
+def test_a_model_without_linear_layers_is_refused_before_training(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(4, 4))
+    with pytest.raises(ValueError, match="no layer to convert to 4 bits"):
+        Trainer(model, arguments(tmp_path), train_dataset=Data(), callbacks=[FourBitCallback()])
+
+
+class TestExport:
+    @pytest.fixture
+    def trained(self, tmp_path: Path) -> Trainer:
+        pytest.importorskip("compressed_tensors", reason="export needs it; install the extra 'export'")
+        config = FourBitConfig(activation=None, group_size=16)
+        args = arguments(tmp_path / "run", save=True)
+        trainer = Trainer(tiny(), args, train_dataset=Data(), callbacks=[FourBitCallback(config, export=True)])
+        trainer.train()
+        return trainer
+
+    @staticmethod
+    def logits(folder: Path) -> torch.Tensor:
+        ids = torch.arange(16).reshape(1, 16)
+        with torch.no_grad():
+            return LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()(ids).logits
+
+    def test_the_packed_model_is_written_when_training_ends(self, trained: Trainer) -> None:
+        folder = Path(trained.args.output_dir) / "4bit"
+        model = trained.model.eval()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            expected = model(torch.arange(16).reshape(1, 16)).logits.float()
+        assert torch.nn.functional.cosine_similarity(self.logits(folder).float(), expected, dim=-1).min() > 0.999
+
+    def test_a_checkpoint_of_the_trainer_gives_the_same_packed_model(self, trained: Trainer, tmp_path: Path) -> None:
+        folder = Path(trained.args.output_dir)
+        export_main([str(folder / "checkpoint-3"), str(tmp_path / "packed")])
+        assert torch.equal(self.logits(tmp_path / "packed"), self.logits(folder / "4bit"))
+
+    def test_the_command_line_takes_another_format(self, trained: Trainer, tmp_path: Path) -> None:
+        export_main([f"{trained.args.output_dir}/checkpoint-3", str(tmp_path / "packed"), "--weight", "nvfp4"])
+        assert "nvfp4-pack-quantized" in (tmp_path / "packed" / "config.json").read_text()
+
+    def test_checkpoints_that_cannot_be_exported_are_refused(self, trained: Trainer, tmp_path: Path) -> None:
+        folder = Path(trained.args.output_dir)
+        tiny().save_pretrained(tmp_path / "plain")
+        with pytest.raises(ValueError, match=r"was not trained in 4 bits: .* no 'four_bit_training'; .*--weight int4"):
+            export_checkpoint(tmp_path / "plain", tmp_path / "out")
+        with pytest.raises(ValueError, match="output must be another folder than the checkpoint"):
+            export_checkpoint(tmp_path / "plain", tmp_path / "plain")
+        with pytest.raises(ValueError, match="is quantized already; give the checkpoint that the Trainer wrote"):
+            export_checkpoint(folder / "4bit", tmp_path / "out")
+        with pytest.raises(FileNotFoundError, match=r"has no config.json; give a folder that the Trainer"):
+            export_checkpoint(tmp_path / "nowhere", tmp_path / "out")
+        (tmp_path / "plain" / "adapter_config.json").write_text("{}")
+        with pytest.raises(ValueError, match=r"holds a PEFT adapter, .* merge_and_unload\(\)"):
+            export_checkpoint(tmp_path / "plain", tmp_path / "out")
+
+
+def test_what_cannot_be_exported_is_refused_before_training(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="export needs it; install the extra 'export'")
+    with pytest.raises(ValueError, match=r"cannot be packed: .*down_proj has 48 inputs, which groups of 32 do not"):
+        Trainer(
+            tiny(),
+            arguments(tmp_path),
+            train_dataset=Data(),
+            callbacks=[FourBitCallback(FourBitConfig(group_size=32), export=True)],
+        )

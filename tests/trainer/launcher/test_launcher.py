@@ -1,0 +1,195 @@
+"""The launcher runs scripts that know nothing of us, and tells what is wrong with its own flags."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers.trainer_callback import CallbackHandler
+
+from hf_stablespam import MomentumResetCallback
+from hf_stablespam.trainer.launcher.attach import LaunchOptions, attach_callbacks
+from tests.trainer.helpers import tiny_trainer
+
+ROOT = Path(__file__).parents[3]
+SCRIPT = Path(__file__).parent / "plain_script.py"
+CPU = Path(__file__).parent / "cpu_as_accelerator.py"
+
+
+def launch(*arguments, cwd=None, environment=None, python=("-m", "hf_stablespam")):
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.run(
+        [sys.executable, *python, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **(environment or {})},
+    )
+
+
+def training_flags(output, **more):
+    flags = {
+        "output_dir": output,
+        "optim": "stable_spam",
+        "max_grad_norm": 0,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        **more,
+    }
+    return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+
+
+def train(output, *own, target=(SCRIPT,), **options):
+    done = launch(*own, *target, *training_flags(output, **options.pop("flags", {})), **options)
+    assert done.returncode == 0, done.stderr
+    state = json.loads((output / "trainer_state.json").read_text())
+    return done.stdout, [row for row in state["log_history"] if "loss" in row]
+
+
+@pytest.mark.slow
+def test_a_script_gets_the_optimizer_and_the_callbacks(tmp_path):
+    own = ("--four-bit", "int4", "--gradient-norms", "--reset-every", "2")
+    printed, rows = train(tmp_path, *own)
+    assert "argv0 plain_script.py\npath0 launcher\noptimizer StableSPAM\n" in printed
+    assert "layers FourBitLinear Linear\n" in printed
+    assert [row["momentum/resets"] for row in rows] == [0, 1, 0, 1]
+    assert all(row["gradients/norm"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_a_module_without_callbacks_and_with_spawned_workers(tmp_path):
+    printed, rows = train(
+        tmp_path / "out",
+        target=("-m", "plain_script"),
+        cwd=SCRIPT.parent,
+        flags={
+            "dataloader_num_workers": 1,
+            "per_device_train_batch_size": 4,
+        },
+    )
+    assert "optimizer StableSPAM\nparameters Parameter\nlayers Linear\n" in printed
+    assert not [key for key in rows[0] if "/" in key]
+
+
+@pytest.mark.slow
+def test_processes_that_the_script_starts_are_reached(tmp_path):
+    """And the `sitecustomize` that was there before still runs, in the launcher's process and in the child."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("print('still here')")
+    (tmp_path / "parent.py").write_text(
+        "import subprocess, sys\nsubprocess.run([sys.executable, *sys.argv[1:]], check=True)\n"
+    )
+    site = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
+    printed, rows = train(
+        tmp_path / "out",
+        "--gradient-norms",
+        target=(tmp_path / "parent.py", SCRIPT),
+        environment={"PYTHONPATH": site},
+    )
+    assert printed.count("still here") == 2
+    assert "optimizer StableSPAM" in printed
+    assert "gradients/norm" in rows[0]
+
+
+@pytest.mark.slow
+def test_under_torchrun(tmp_path):
+    """Also from a folder that knows nothing of the package but by `PYTHONPATH`."""
+    printed, rows = train(
+        tmp_path / "out",
+        "--gradient-norms",
+        python=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hf_stablespam"),
+        flags={"per_device_train_batch_size": 2},
+        cwd=tmp_path,
+    )
+    assert printed.count("optimizer StableSPAM") == 2
+    assert len(rows) == 4
+    assert all(row["gradients/norm"] > 0 for row in rows)
+
+
+ACCELERATE = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--mixed_precision", "no")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("configured", "target", "use_cpu", "parameters"),
+    [
+        (("--multi_gpu",), (SCRIPT,), True, "Parameter"),
+        (("--config_file", ROOT / "examples" / "configs" / "fsdp2.yaml"), (CPU, SCRIPT), False, "DTensor"),
+    ],
+    ids=["DDP", "FSDP2"],
+)
+def test_under_accelerate(tmp_path, configured, target, use_cpu, parameters):
+    """Two processes: DDP, and the FSDP2 file of the examples, for which the CPU has to pass for an accelerator."""
+    printed, rows = train(
+        tmp_path / "out",
+        "--gradient-norms",
+        "--four-bit",
+        "int4",
+        target=target,
+        python=(*ACCELERATE, *map(str, configured), "--main_process_port", "0", "-m", "hf_stablespam"),
+        flags={"per_device_train_batch_size": 2, "use_cpu": use_cpu},
+    )
+    assert printed.count(f"optimizer StableSPAM\nparameters {parameters}\nlayers ") == 2
+    assert printed.count("FourBitLinear") == 2
+    assert printed.count("distributed FSDP\n") == (2 if parameters == "DTensor" else 0)
+    assert all(row["gradients/norm"] > 0 for row in rows)
+
+
+def test_help_names_flags_and_examples():
+    done = launch("--help")
+    assert done.returncode == 0
+    for text in ("--four-bit FORMAT", "--gradient-norms", "--reset-every N", "$(which trl) sft"):
+        assert text in done.stdout
+
+
+def test_flags_after_the_script_are_the_scripts(tmp_path):
+    script = tmp_path / "echo.py"
+    script.write_text("import sys; print(sys.argv[1:])")
+    for command in ([script], ["run", script]):
+        done = launch(*command, "--gradient-norms", "-m", "--help")
+        assert done.stdout == "['--gradient-norms', '-m', '--help']\n"
+
+
+def test_the_scripts_exit_status_is_ours(tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text("import sys; sys.exit(int(sys.argv[1]))")
+    assert [launch(script, status).returncode for status in ("0", "7")] == [0, 7]
+
+
+def test_a_wrong_flag_has_no_traceback():
+    """`test_wrong_uses.py` has the others."""
+    done = launch("nowhere.py")
+    assert done.returncode == 2
+    assert "SCRIPT must be an existing file, got 'nowhere.py'; give its path" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_module_that_does_not_exist():
+    done = launch("-m", "no.such.module")
+    assert done.returncode != 0
+    assert "No module named 'no'" in done.stderr
+
+
+def test_callbacks_without_a_trainer_are_an_error(tmp_path):
+    script = tmp_path / "no_trainer.py"
+    script.write_text("print('done')")
+    done = launch("--gradient-norms", "--reset-every", "5", script)
+    assert done.returncode == 2
+    assert "ended without building a Trainer, so that --gradient-norms --reset-every had nothing" in done.stderr
+    assert launch(script).returncode == 0
+
+
+def test_attached_twice_the_last_options_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(CallbackHandler, "__init__", CallbackHandler.__init__)
+    for every in (3, 2):
+        attach_callbacks(LaunchOptions(reset_every=every, built=str(tmp_path / "built")))
+    trainer = tiny_trainer(tmp_path)
+    (callback,) = [cb for cb in trainer.callback_handler.callbacks if isinstance(cb, MomentumResetCallback)]
+    assert callback.every == 2
+    assert (tmp_path / "built").exists()
