@@ -1,4 +1,4 @@
-"""The folders' rule: `optim`, `quant` and `monitor` know neither each other nor transformers."""
+"""The folders' rule: `optim`, `quant`, `monitor` know neither each other nor transformers; none knows `recipes`."""
 
 import ast
 from pathlib import Path
@@ -38,7 +38,7 @@ def within(names: set[str], package: str) -> set[str]:
 @pytest.mark.parametrize("part", PARTS)
 def test_parts_do_not_know_each_other_or_the_trainer(part):
     for module in (PACKAGE / part).rglob("*.py"):
-        for other in {*PARTS, "trainer"} - {part}:
+        for other in {*PARTS, "trainer", "recipes"} - {part}:
             assert not within(imports_of(module), f"hf_stablespam.{other}"), module
 
 
@@ -48,11 +48,19 @@ def test_parts_do_not_import_transformers(part):
         assert not within(imports_of(module, at_import_only=True), "transformers"), module
 
 
-def test_only_the_entry_points_import_the_trainer_folder():
+def test_only_the_entry_points_and_the_recipes_import_the_trainer_folder():
     for module in MODULES:
         is_entry = module.parent == PACKAGE and module.name in ("__init__.py", "__main__.py")
-        if not is_entry and "trainer" not in module.relative_to(PACKAGE).parts[:1]:
+        if not is_entry and module.relative_to(PACKAGE).parts[0] not in ("trainer", "recipes"):
             assert not within(imports_of(module), "hf_stablespam.trainer"), module
+
+
+def test_nothing_imports_a_recipe_but_the_recipe_itself():
+    for module in MODULES:
+        folder, *rest = module.relative_to(PACKAGE).parts
+        own = f"hf_stablespam.recipes.{rest[0]}" if folder == "recipes" and len(rest) > 1 else None
+        recipes = within(imports_of(module), "hf_stablespam.recipes")
+        assert recipes == (within(recipes, own) if own else set()), module
 
 
 def test_the_rule_would_notice_an_import():
