@@ -7,7 +7,7 @@ torch nor transformers by itself: the public names below are loaded when they ar
 from typing import TYPE_CHECKING
 
 from hf_stablespam._names import lazy_attributes
-from hf_stablespam.trainer.registration import register
+from hf_stablespam.trainer.registration import register, unregister
 
 if TYPE_CHECKING:
     from hf_stablespam.optim import SPAM, StableSPAM, stabilize
@@ -39,6 +39,7 @@ __all__ = [
     "register",
     "restore_linear",
     "stabilize",
+    "unregister",
 ]
 
 __getattr__, __dir__ = lazy_attributes(

@@ -5,7 +5,7 @@ import math
 from hf_stablespam.optim.numbers import Number, at_most, cos
 
 
-def cosine_decay(step: Number, decay_steps: int | None, decay_floor: float) -> Number:
+def cosine_decay(step: Number, decay_steps: int | str | None, decay_floor: float) -> Number:
     r"""Factor that multiplies β1 and γ1 at ``step``: a cosine from 1 to ``decay_floor`` that stays there.
 
     .. math:: s(t) = f + (1 - f)\,\frac{1 + \cos\left(\pi\,\min(t, D+1)/(D+1)\right)}{2}
@@ -23,8 +23,8 @@ def cosine_decay(step: Number, decay_steps: int | None, decay_floor: float) -> N
         >>> cosine_decay(torch.tensor([0.0, 50.5, 101.0, 500.0]), 100, 0.5)
         tensor([1.0000, 0.7500, 0.5000, 0.5000])
     """
-    if decay_steps is None:
+    if decay_steps is None or decay_steps == "auto":  # "auto" until the length of the run is known
         return 1.0
-    period = decay_steps + 1
+    period = int(decay_steps) + 1
     cosine = cos(at_most(step, float(period)) * (math.pi / period))
     return decay_floor + (1 - decay_floor) * (1 + cosine) / 2

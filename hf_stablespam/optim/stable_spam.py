@@ -207,10 +207,11 @@ def check_before_step(group: dict[str, Any]) -> None:
     Raises:
         ValueError: for a sparse gradient, and for ``decay_steps="auto"``.
     """
-    if group["decay_steps"] == AUTO:
+    # A step with a rate of zero and no gradients comes before a distributed checkpoint is loaded: it decides nothing.
+    if group["decay_steps"] == AUTO and group["lr"] != 0:
         raise ValueError(
             "decay_steps must be a number of update steps or None when step() is called, got 'auto'; "
-            "the Trainer puts the run's number in, elsewhere pass it yourself"
+            "the Trainer puts the run's number in, elsewhere pass it yourself (optim_args='decay_steps=N')"
         )
     for param in group["params"]:
         check_dense(param)

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from hf_stablespam._names import lazy_attributes
-from hf_stablespam.trainer.registration import register
+from hf_stablespam.trainer.registration import register, unregister
 
 if TYPE_CHECKING:
     from hf_stablespam.trainer.callbacks.four_bit import FourBitCallback
@@ -21,6 +21,7 @@ __all__ = [
     "StabilizeCallback",
     "last_complete_checkpoint",
     "register",
+    "unregister",
 ]
 
 # Lazily, because registering must not import transformers: a script under the launcher may never need it.

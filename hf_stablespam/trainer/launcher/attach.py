@@ -1,17 +1,15 @@
 """Callbacks that the launcher's flags ask for, on every Trainer that a script builds."""
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from hf_stablespam.trainer.patching import patch
 from hf_stablespam.trainer.registration.after_import import after_import
 
 if TYPE_CHECKING:
     from hf_stablespam.quant import FourBitConfig
-
-_MARK = "_hf_stablespam"
 
 
 @dataclass(frozen=True)
@@ -48,16 +46,14 @@ def attach_callbacks(options: LaunchOptions) -> None:
     """
 
     def wrap(trainer_callback: ModuleType) -> None:
-        handler_cls = trainer_callback.CallbackHandler
-        original = getattr(handler_cls.__init__, _MARK, handler_cls.__init__)
+        patch(trainer_callback.CallbackHandler, "__init__", attaching, again=True)
 
-        @functools.wraps(original)
+    def attaching(original: Any) -> Any:
         def __init__(self: Any, callbacks: list[Any], *args: Any, **kwargs: Any) -> None:
             original(self, [*callbacks, *_wanted(options, callbacks)], *args, **kwargs)
             Path(options.built).touch()
 
-        setattr(__init__, _MARK, original)
-        handler_cls.__init__ = __init__
+        return __init__
 
     after_import("transformers.trainer_callback", wrap)
 

@@ -1,5 +1,5 @@
 """`optim="stable_spam"`: the name, its options, and the optimizer that the Trainer builds for it."""
 
-from hf_stablespam.trainer.registration.optimizer_names import register
+from hf_stablespam.trainer.registration.optimizer_names import register, unregister
 
-__all__ = ["register"]
+__all__ = ["register", "unregister"]

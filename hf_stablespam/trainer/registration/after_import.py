@@ -61,3 +61,10 @@ def after_import(name: str, hook: Hook) -> None:
     hooks = _finder.hooks.setdefault(name, [])
     if hook not in hooks:
         hooks.append(hook)
+
+
+def forget_hooks() -> None:
+    """Call no hook any more for what is imported from now on."""
+    _finder.hooks.clear()
+    if _finder in sys.meta_path:
+        sys.meta_path.remove(_finder)

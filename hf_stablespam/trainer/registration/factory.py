@@ -1,10 +1,10 @@
 """From `TrainingArguments` to an optimizer: the Trainer methods that `optim="stable_spam"` and `"spam"` go through."""
 
-import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from hf_stablespam.trainer.patching import patch
 from hf_stablespam.trainer.registration.flat_shards import refuse_flat_shards
 from hf_stablespam.trainer.registration.galore_groups import (
     PROJECTION_OPTIONS,
@@ -14,6 +14,7 @@ from hf_stablespam.trainer.registration.galore_groups import (
 )
 from hf_stablespam.trainer.registration.optim_args import SPAM as SPAM_DIALECT
 from hf_stablespam.trainer.registration.optim_args import parse_optim_args
+from hf_stablespam.trainer.registration.run_length import AUTO, resolve_decay_steps
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from hf_stablespam.optim import SPAM, StableSPAM
 
 logger = logging.getLogger(__name__)
-
-_MARK = "_hf_stablespam"
 
 
 def optimizer_cls_and_kwargs(
@@ -48,7 +47,7 @@ def optimizer_cls_and_kwargs(
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
-        "decay_steps": "auto",
+        "decay_steps": AUTO,
         **parse_optim_args(args.optim_args),
     }
     say_what_the_gap_means(kwargs, args.optim_args)
@@ -99,88 +98,38 @@ def warn_of_global_clipping(args: "TrainingArguments", method: str = "Stable-SPA
         )
 
 
-def set_decay_steps(optimizer: "torch.optim.Optimizer", num_training_steps: int) -> None:
-    """Replace `decay_steps="auto"` in the optimizer's groups by the run's number of update steps."""
-    for group in optimizer.param_groups:
-        if group.get("decay_steps") == "auto":
-            group["decay_steps"] = num_training_steps
-
-
-def wrap_trainer(trainer_cls: "type[Trainer]") -> None:
+def teach_trainer(trainer_cls: "type[Trainer]") -> None:
     """Teach `Trainer`, and so every subclass, what `optim` means for the names of `BUILDERS`. Twice is harmless."""
-    if getattr(trainer_cls.get_optimizer_cls_and_kwargs, _MARK, False):
-        return
-    trainer_cls.get_optimizer_cls_and_kwargs = staticmethod(  # type: ignore[method-assign]
-        _knowing(trainer_cls.get_optimizer_cls_and_kwargs)
-    )
-    trainer_cls.create_scheduler = _resolving_auto(trainer_cls.create_scheduler)  # type: ignore[method-assign]
-    trainer_cls._load_optimizer_and_scheduler = _with_a_number(  # type: ignore[method-assign]
-        trainer_cls._load_optimizer_and_scheduler
-    )
+    patch(trainer_cls, "get_optimizer_cls_and_kwargs", _knowing)
+    patch(trainer_cls, "create_scheduler", _resolving_auto)
+
+
+def teach_callback_handler(handler_cls: type) -> None:
+    """Resolve `decay_steps="auto"` at the start of training. Twice is harmless."""
+    patch(handler_cls, "on_train_begin", _resolving_auto_at_last)
 
 
 def _knowing(original: Any) -> Any:
-    @functools.wraps(original)
     def get_optimizer_cls_and_kwargs(args: "TrainingArguments", model: Any = None) -> tuple[Any, Any]:
         build = BUILDERS.get(getattr(args.optim, "value", args.optim))
         return build(args, model) if build is not None else original(args, model)
 
-    setattr(get_optimizer_cls_and_kwargs, _MARK, True)
     return get_optimizer_cls_and_kwargs
 
 
 def _resolving_auto(original: Any) -> Any:
-    # The one place that every supported version goes through with the number of steps known, the optimizer
-    # built, and the checkpoint not yet loaded: a resumed run therefore keeps the value that it began with.
-    @functools.wraps(original)
+    # For scripts with a loop of their own, which call `create_optimizer_and_scheduler` and nothing after it.
     def create_scheduler(self: "Trainer", num_training_steps: int, optimizer: Any = None) -> Any:
-        target = self.optimizer if optimizer is None else optimizer
-        if target is not None:
-            set_decay_steps(target, num_training_steps)
+        resolve_decay_steps(self.optimizer if optimizer is None else optimizer, num_training_steps)
         return original(self, num_training_steps, optimizer)
 
     return create_scheduler
 
 
-def _groups(optimizer: Any) -> list[dict[str, Any]]:
-    return getattr(optimizer, "param_groups", [])  # what stands for one of DeepSpeed's has none
-
-
-class _NotYet(int):
-    """Stands for `"auto"` where a number is needed before the Trainer says which."""
-
-
-def _with_a_number(original: Any) -> Any:
-    # torch's distributed checkpoints take a step without gradients before they load, and "auto", which still stands
-    # there where a script has its own `create_scheduler`, cannot be stepped with. What was saved replaces it.
-    @functools.wraps(original)
-    def _load_optimizer_and_scheduler(self: "Trainer", checkpoint: Any) -> Any:
-        for group in _groups(self.optimizer):
-            if group.get("decay_steps") == "auto":
-                group["decay_steps"] = _NotYet(1)
-        result = original(self, checkpoint)
-        for group in _groups(self.optimizer):
-            if isinstance(group.get("decay_steps"), _NotYet):
-                group["decay_steps"] = "auto"
-        return result
-
-    return _load_optimizer_and_scheduler
-
-
-def wrap_callback_handler(handler_cls: Any) -> None:
-    """Resolve `decay_steps="auto"` at the start of training where it still stands. Twice is harmless.
-
-    A subclass of the Trainer with a `create_scheduler` of its own never comes through ours.
-    """
-    original = handler_cls.on_train_begin
-    if getattr(original, _MARK, False):
-        return
-
-    @functools.wraps(original)
+def _resolving_auto_at_last(original: Any) -> Any:
+    # Here the checkpoint is loaded, and every Trainer comes by: one with a `create_scheduler` of its own too.
     def on_train_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if self.optimizer is not None:
-            set_decay_steps(self.optimizer, state.max_steps)
+        resolve_decay_steps(self.optimizer, state.max_steps, done=state.global_step)
         return original(self, args, state, control, **kwargs)
 
-    setattr(on_train_begin, _MARK, True)
-    handler_cls.on_train_begin = on_train_begin
+    return on_train_begin

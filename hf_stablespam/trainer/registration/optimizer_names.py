@@ -1,10 +1,12 @@
 """Make `optim="stable_spam"` and `"spam"` choices of transformers, as if they were its own."""
 
+import sys
 from types import ModuleType
 from typing import Any
 
+from hf_stablespam.trainer.patching import undo_patches
 from hf_stablespam.trainer.registration import factory
-from hf_stablespam.trainer.registration.after_import import after_import
+from hf_stablespam.trainer.registration.after_import import after_import, forget_hooks
 
 
 def register() -> None:
@@ -26,6 +28,30 @@ def register() -> None:
     after_import("transformers.trainer_callback", _teach_callback_handler)
 
 
+def unregister() -> None:
+    """Undo `register`, and everything that callbacks and the launcher wrapped: transformers is as it was found.
+
+    A Trainer that was built before keeps its optimizer, but callbacks that read the norm before clipping, or report
+    before others, go without. `register()` makes the names known again.
+
+    Example:
+        >>> from hf_stablespam import register, unregister
+        >>> unregister()
+        >>> from transformers.training_args import OptimizerNames
+        >>> "stable_spam" in [name.value for name in OptimizerNames]
+        False
+        >>> register()
+        >>> "stable_spam" in [name.value for name in OptimizerNames]
+        True
+    """
+    undo_patches()
+    forget_hooks()
+    training_args = sys.modules.get("transformers.training_args")
+    if training_args is not None:
+        for name in factory.BUILDERS:
+            _remove_member(training_args.OptimizerNames, name)
+
+
 def _add_optimizer_name(training_args: ModuleType) -> None:
     names = training_args.OptimizerNames
     for name in factory.BUILDERS:
@@ -34,11 +60,11 @@ def _add_optimizer_name(training_args: ModuleType) -> None:
 
 
 def _teach_trainer(trainer: ModuleType) -> None:
-    factory.wrap_trainer(trainer.Trainer)
+    factory.teach_trainer(trainer.Trainer)
 
 
 def _teach_callback_handler(trainer_callback: ModuleType) -> None:
-    factory.wrap_callback_handler(trainer_callback.CallbackHandler)
+    factory.teach_callback_handler(trainer_callback.CallbackHandler)
 
 
 def _add_member(enum: Any, value: str) -> None:
@@ -59,3 +85,15 @@ def _add_member(enum: Any, value: str) -> None:
     hashable_values = getattr(enum, "_hashable_values_", None)  # from Python 3.13 on
     if hashable_values is not None:
         hashable_values.append(value)
+
+
+def _remove_member(enum: Any, value: str) -> None:
+    member = enum._value2member_map_.pop(value, None)
+    if member is None:
+        return
+    type.__delattr__(enum, member._name_)
+    enum._member_names_.remove(member._name_)
+    del enum._member_map_[member._name_]
+    hashable_values = getattr(enum, "_hashable_values_", None)
+    if hashable_values is not None:
+        hashable_values.remove(value)

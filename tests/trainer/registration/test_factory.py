@@ -49,40 +49,6 @@ def test_weight_decay_groups_are_the_trainers(tmp_path):
     }
 
 
-@pytest.mark.parametrize("length", [{"max_steps": 5}, {"max_steps": -1, "num_train_epochs": 0.5}])
-def test_the_decay_spans_the_run(tmp_path, length):
-    trainer = tiny_trainer(tmp_path, **length)
-    assert {group["decay_steps"] for group in trainer.create_optimizer().param_groups} == {"auto"}
-    trainer.train()
-    assert {group["decay_steps"] for group in trainer.optimizer.param_groups} == {trainer.state.max_steps}
-
-
-@pytest.mark.parametrize(("text", "expected"), [("decay_steps=none", None), ("total_T=77", 77)])
-def test_an_explicit_decay_stays(tmp_path, text, expected):
-    trainer = tiny_trainer(tmp_path, optim_args=text, max_steps=1)
-    trainer.train()
-    assert {group["decay_steps"] for group in trainer.optimizer.param_groups} == {expected}
-
-
-def test_a_resumed_run_keeps_the_decay_that_it_began_with(tmp_path):
-    tiny_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
-    trainer = tiny_trainer(tmp_path, max_steps=6)
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert trainer.state.global_step == 6
-    assert {group["decay_steps"] for group in trainer.optimizer.param_groups} == {4}
-
-
-def test_a_subclass_with_its_own_schedule_trains(tmp_path):
-    class OwnSchedule(Trainer):
-        def create_scheduler(self, num_training_steps, optimizer=None):
-            self.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
-            return self.lr_scheduler
-
-    trainer = tiny_trainer(tmp_path, trainer_cls=OwnSchedule, max_steps=2)
-    trainer.train()
-    assert {group["decay_steps"] for group in trainer.optimizer.param_groups} == {2}
-
-
 def test_global_clipping_is_warned_about(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="hf_stablespam"):
         tiny_trainer(tmp_path, max_grad_norm=0.0).create_optimizer()

@@ -7,22 +7,21 @@ two methods, which do what they did, and leave what they saw on the accelerator'
 Only callbacks that need it call `watch`, when they are made: importing this package changes nothing in accelerate.
 """
 
-import functools
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-_MARK = "_hf_stablespam"
+from hf_stablespam.trainer.patching import patch
+
 _NORM = "_hf_stablespam_norm"
 _LOSS = "_hf_stablespam_loss"
 
 
 def watch() -> None:
     """Wrap `Accelerator.clip_grad_norm_` and `Accelerator.backward`. Twice is harmless."""
-    if not hasattr(Accelerator.clip_grad_norm_, _MARK):
-        Accelerator.clip_grad_norm_ = _keeping_norm(Accelerator.clip_grad_norm_)  # type: ignore[method-assign]
-        Accelerator.backward = _keeping_loss(Accelerator.backward)  # type: ignore[method-assign]
+    patch(Accelerator, "clip_grad_norm_", _keeping_norm)
+    patch(Accelerator, "backward", _keeping_loss)
 
 
 def forget(optimizer: Any) -> None:
@@ -47,19 +46,16 @@ def step_loss(optimizer: Any) -> torch.Tensor | None:
 
 
 def _keeping_norm(original: Any) -> Any:
-    @functools.wraps(original)
     def clip_grad_norm_(self: Any, *args: Any, **kwargs: Any) -> Any:
         norm = original(self, *args, **kwargs)
         for optimizer in self._optimizers:
             setattr(optimizer, _NORM, norm)
         return norm
 
-    setattr(clip_grad_norm_, _MARK, True)
     return clip_grad_norm_
 
 
 def _keeping_loss(original: Any) -> Any:
-    @functools.wraps(original)
     def backward(self: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
         for optimizer in self._optimizers:
             before = getattr(optimizer, _LOSS, None)

@@ -1,12 +1,11 @@
 """Figures of our callbacks in the Trainer's own logs, in front of TensorBoard, W&B and the printer."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
 from transformers.trainer_callback import CallbackHandler
 
-_MARK = "_hf_stablespam"
+from hf_stablespam.trainer.patching import patch
 
 
 class ReportsFigures:
@@ -19,19 +18,16 @@ def report_before_others() -> None:
     The Trainer runs the reporting integrations before the user's callbacks, so what those add to `logs` would
     reach the printer and nothing else. The other callbacks keep their order.
     """
-    if not hasattr(CallbackHandler.on_log, _MARK):
-        CallbackHandler.on_log = _sorted_first(CallbackHandler.on_log)  # type: ignore[method-assign]
+    patch(CallbackHandler, "on_log", _sorted_first)
 
 
 def _sorted_first(original: Any) -> Any:
     # When it logs and not when a callback is added: by then the first of ours may be under construction.
-    @functools.wraps(original)
     def on_log(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A new list: this may be called from a callback, while the handler goes through its list.
         self.callbacks = sorted(self.callbacks, key=lambda callback: not isinstance(callback, ReportsFigures))
         return original(self, *args, **kwargs)
 
-    setattr(on_log, _MARK, True)
     return on_log
 
 
