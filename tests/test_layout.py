@@ -48,6 +48,12 @@ def test_parts_do_not_import_transformers(part):
         assert not within(imports_of(module, at_import_only=True), "transformers"), module
 
 
+def test_nobody_imports_sharding_before_something_is_sharded():
+    """`torch.distributed.tensor` takes more than a second to import."""
+    for module in MODULES:
+        assert not within(imports_of(module, at_import_only=True), "torch.distributed.tensor"), module
+
+
 def test_only_the_entry_points_and_the_recipes_import_the_trainer_folder():
     for module in MODULES:
         is_entry = module.parent == PACKAGE and module.name in ("__init__.py", "__main__.py")

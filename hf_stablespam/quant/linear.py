@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from hf_stablespam._sharded import full
 from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.matmul import FourBitMatmul, Recipe, quantize_weight
 
@@ -120,7 +120,7 @@ class FourBitLinear(nn.Linear):
         if not self.scale_partners:
             return None
         peaks = [partner.weight.detach().abs().amax() for partner in self.scale_partners]
-        peaks = [peak.full_tensor() if isinstance(peak, DTensor) else peak for peak in peaks]
+        peaks = [full(peak) for peak in peaks]
         return torch.stack([peak.float().to(self.weight.device) for peak in peaks]).amax()
 
     def _product(self, x: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:

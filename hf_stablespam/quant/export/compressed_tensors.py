@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from hf_stablespam._sharded import full
 from hf_stablespam.quant.export.calibration import input_amax
 from hf_stablespam.quant.export.checks import (
     check_activations,
@@ -84,7 +84,7 @@ def export_4bit(
                 tensors[f"{prefix}weight"] = layer.quantized_weight(dtype)
                 continue
             del tensors[f"{prefix}weight"]
-            packed = pack_weight(_whole(layer.weight), quantizer, layer.shared_amax(), scheme)
+            packed = pack_weight(full(layer.weight), quantizer, layer.shared_amax(), scheme)
             if name in amax:
                 packed["input_global_scale"] = stored_multiplier(tensor_scale(amax[name])).reshape(1)
             tensors.update({f"{prefix}{key}": value.contiguous() for key, value in packed.items()})
@@ -96,17 +96,12 @@ def export_4bit(
         logger.info("exported %d packed and %d unpacked layers to %s", packed_count, len(unpacked), directory)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that FSDP2 has sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def _state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """The state dict with floating-point tensors in `dtype`; tied tensors stay tied."""
     cast: dict[tuple[int, torch.Size], Tensor] = {}
     result = {}
     for name, tensor in model.state_dict().items():
-        tensor = _whole(tensor.detach())
+        tensor = full(tensor.detach())
         key = (tensor.data_ptr(), tensor.shape)
         if key not in cast or tensor.numel() == 0:
             cast[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
