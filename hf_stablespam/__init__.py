@@ -11,7 +11,14 @@ from hf_stablespam.trainer.registration import register, unregister
 
 if TYPE_CHECKING:
     from hf_stablespam.optim import SPAM, StableSPAM, stabilize
-    from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, export_4bit, restore_linear
+    from hf_stablespam.quant import (
+        FourBitConfig,
+        FourBitLinear,
+        convert_to_4bit,
+        export_4bit,
+        fixed_weights,
+        restore_linear,
+    )
     from hf_stablespam.trainer import (
         FourBitCallback,
         GradientNormCallback,
@@ -35,6 +42,7 @@ __all__ = [
     "StableSPAM",
     "convert_to_4bit",
     "export_4bit",
+    "fixed_weights",
     "last_complete_checkpoint",
     "register",
     "restore_linear",
@@ -56,6 +64,7 @@ __getattr__, __dir__ = lazy_attributes(
         "StableSPAM": "hf_stablespam.optim",
         "convert_to_4bit": "hf_stablespam.quant",
         "export_4bit": "hf_stablespam.quant",
+        "fixed_weights": "hf_stablespam.quant",
         "last_complete_checkpoint": "hf_stablespam.trainer",
         "restore_linear": "hf_stablespam.quant",
         "stabilize": "hf_stablespam.optim",

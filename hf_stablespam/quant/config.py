@@ -64,8 +64,10 @@ class FourBitConfig:
             expression for all of it.
         target_modules: convert only layers with these names, given in the same way; None: every `nn.Linear`.
         keep_last_blocks: this many of the model's last blocks stay in high precision.
-        cache_weights: keep the 4-bit weight from one optimizer step to the next instead of making it anew in
-            every forward pass; costs one more tensor of the weight's size for each layer.
+        cache_weights: keep the 4-bit weight of a forward pass until its backward pass instead of making it again
+            there; costs one more tensor of the weight's size for each layer in between. From one forward pass to the
+            next it is never kept, because the weight may have been changed in between, except in a `fixed_weights`
+            block.
         fused: quantize by one Triton kernel on a GPU. Experimental: tested in Triton's interpreter and compiled for
             a GPU, but not yet run on one. No effect on a CPU.
 

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from hf_stablespam._sharded import full
 from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.matmul import FourBitMatmul, Recipe, quantize_weight
-
-
-class _StepCounter:
-    """Counts the steps of all optimizers, because some write to ``p.data``, which leaves no trace on the parameter."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self._registered = False
-
-    def start(self) -> None:
-        if not self._registered:
-            register_optimizer_step_post_hook(self._count)
-            self._registered = True
-
-    def _count(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.steps += 1
-
-
-_optimizer_steps = _StepCounter()
 
 
 class FourBitLinear(nn.Linear):
@@ -81,19 +63,19 @@ class FourBitLinear(nn.Linear):
         # Layers that an inference engine fuses (q, k, v; gate, up) share NVFP4's scale of the whole tensor.
         self.scale_partners: tuple[FourBitLinear, ...] = ()
         self._parameter_id = id(self.weight)
+        self._fixed = 0  # how many `fixed_weights` blocks are open
         self.forget_weight()
-        _optimizer_steps.start()
 
     def release(self) -> nn.Linear:
         """Turn the layer back into a plain `nn.Linear`, in place."""
-        for name in ("four_bit", "recipe", "scale_partners", "_parameter_id", "_kept"):
+        for name in ("four_bit", "recipe", "scale_partners", "_parameter_id", "_fixed", "_kept"):
             del self.__dict__[name]
         self.__class__ = nn.Linear  # type: ignore[assignment]
         return self
 
     def forget_weight(self) -> None:
-        """Drop the kept 4-bit weight; needed only after writing to ``weight.data`` outside of an optimizer."""
-        self._kept: tuple[Any, Tensor] | None = None
+        """Drop the 4-bit weight that a `fixed_weights` block keeps; outside of one there is none."""
+        self._kept: tuple[torch.dtype, list[tuple[Tensor, int, int]], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to `x` (..., in_features)."""
@@ -124,40 +106,78 @@ class FourBitLinear(nn.Linear):
         return torch.stack([peak.float().to(self.weight.device) for peak in peaks]).amax()
 
     def _product(self, x: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
-        weight_q = self._kept_weight(dtype) if self._may_keep() else None
-        amax = self.shared_amax() if weight_q is None else None
-        return FourBitMatmul.apply(x, self.weight, bias, weight_q, amax, self.recipe)
+        if torch.compiler.is_compiling() or not (self._fixed or self._saves_weight()):
+            return FourBitMatmul.apply(x, self.weight, bias, None, self.shared_amax(), self.recipe)
+        weight_q = self._fixed_weight(dtype) if self._fixed else self.quantized_weight(dtype)
+        return FourBitMatmul.apply(x, self.weight, bias, weight_q, None, self.recipe)
 
-    def _may_keep(self) -> bool:
-        """Whether the 4-bit weight may be kept between forward passes."""
-        if not self.four_bit.cache_weights or torch.compiler.is_compiling() or self.weight.is_inference():
+    def _saves_weight(self) -> bool:
+        """Whether the 4-bit weight is saved for the backward pass, rather than made there again."""
+        if not self.four_bit.cache_weights:
             return False
-        # FSDP2 refills the memory of its gathered weights without a trace, and frees it to save memory. It is known
-        # by the parameter not being the one that was converted. (DDP leaves the parameter alone.)
+        # FSDP2 frees the weights that it gathered until the backward pass, to save memory. It is known by the
+        # parameter not being the one that was converted. (DDP leaves the parameter alone.)
         replaced = id(self.weight) != self._parameter_id
         return not (replaced and torch.distributed.is_available() and torch.distributed.is_initialized())
 
-    def _kept_weight(self, dtype: torch.dtype) -> Tensor:
-        """The 4-bit weight, made anew when the weight has changed."""
+    def _fixed_weight(self, dtype: torch.dtype) -> Tensor:
+        """The 4-bit weight, kept while a `fixed_weights` block is open."""
         sources = [self.weight, *(partner.weight for partner in self.scale_partners)]
-        steps = _optimizer_steps.steps if any(source.requires_grad for source in sources) else 0
-        key = (dtype, steps, *((source._version, source.data_ptr()) for source in sources))
-        if self._kept is None or self._kept[0] != key:
-            self._kept = None  # freed before its successor is made
-            self._kept = (key, self.quantized_weight(dtype))
-        return self._kept[1]
+        if any(source.is_inference() for source in sources):  # these count no versions
+            return self.quantized_weight(dtype)
+        key = [(source, source._version, source.data_ptr()) for source in sources]
+        if self._kept is not None and self._kept[0] == dtype and _same(self._kept[1], key):
+            return self._kept[2]
+        self._kept = None  # freed before its successor is made
+        self._kept = (dtype, key, self.quantized_weight(dtype))
+        return self._kept[2]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.forget_weight()
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": None, "_fixed": 0}
 
     def extra_repr(self) -> str:
         config = self.four_bit
         operands = f"weight={config.weight}, activation={config.activation}, gradient={config.gradient}"
         return f"{super().extra_repr()}, {operands}"
+
+
+def _same(before: list[tuple[Tensor, int, int]], now: list[tuple[Tensor, int, int]]) -> bool:
+    """Whether these are the same tensors, at the same place and in the same version."""
+    pairs = zip(before, now, strict=False)
+    return len(before) == len(now) and all(old[0] is new[0] and old[1:] == new[1:] for old, new in pairs)
+
+
+@contextmanager
+def fixed_weights(model: nn.Module) -> Iterator[None]:
+    """Round each 4-bit weight of `model` once for all forward passes in the block, as for generating text.
+
+    Outside of such a block the weight is rounded in every forward pass, because it may have changed: PEFT's merging,
+    some optimizers and averages of weights write to ``weight.data``, of which PyTorch leaves no trace. So do not
+    write to ``weight.data`` inside of the block; all other changes are noticed. Costs one more tensor of the weight's
+    size for each layer.
+
+    Args:
+        model: a module with layers of `convert_to_4bit`.
+
+    Example:
+        >>> model = nn.Sequential(FourBitLinear(8, 4))
+        >>> with fixed_weights(model):
+        ...     outputs = [model(torch.ones(1, 8)) for _ in range(3)]
+    """
+    layers = [module for module in model.modules() if isinstance(module, FourBitLinear)]
+    for layer in layers:
+        layer._fixed += 1
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._fixed -= 1
+            if not layer._fixed:
+                layer.forget_weight()
 
 
 def check_weight(weight: Tensor, name: str = "weight") -> None:

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_stablespam.quant import FourBitConfig, convert_to_4bit
+from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit
 
 STEPS = 3
 
@@ -57,11 +57,14 @@ def work(rank: int, kind: str, port: int, folder: str) -> None:
         for block in model:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    train(model, slice(4 * rank, 4 * rank + 4))
     inner = model.module if kind == "ddp" else model
-    kept = [name for name, module in inner.named_modules() if getattr(module, "_kept", None) is not None]
-    # Gathered weights are freed after use: a 4-bit copy of them must not stay behind.
-    assert bool(kept) == (kind == "ddp"), kept
+    saves = []
+    for module in inner.modules():
+        if isinstance(module, FourBitLinear):
+            module.register_forward_hook(lambda layer, *_: saves.append(layer._saves_weight()))
+    train(model, slice(4 * rank, 4 * rank + 4))
+    # Gathered weights are freed until the backward pass: a 4-bit copy of them must not stay behind.
+    assert set(saves) == {kind == "ddp"}
     state = {
         key: getattr(value, "full_tensor", lambda value=value: value)() for key, value in inner.state_dict().items()
     }

@@ -1,4 +1,4 @@
-"""FourBitLinear: the three products, their gradients, dtypes, autocast, and the kept weight."""
+"""FourBitLinear: the three products, their gradients, dtypes, autocast, and how often the weight is rounded."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import nn
 
 from hf_stablespam.quant import FourBitConfig, FourBitLinear
 from hf_stablespam.quant import linear as linear_module
+from hf_stablespam.quant import matmul as matmul_module
+from hf_stablespam.quant.linear import fixed_weights
 
 PLAIN = {"weight": None, "activation": None}
 
@@ -94,7 +96,90 @@ def test_a_frozen_weight_gets_no_gradient_and_keeps_no_input() -> None:
     assert x.grad is not None
 
 
-class TestKeptWeight:
+def through_data(layer: FourBitLinear) -> None:
+    layer.weight.data.mul_(-1)
+
+
+def through_numpy(layer: FourBitLinear) -> None:
+    layer.weight.detach().numpy()[:] *= 2
+
+
+def rows_in_another_order(layer: FourBitLinear) -> None:
+    layer.weight.data.copy_(layer.weight.data.flip(0))
+
+
+def one_number(layer: FourBitLinear) -> None:
+    layer.weight.data.view(-1)[5] += 1
+
+
+def under_no_grad(layer: FourBitLinear) -> None:
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight * 2)
+
+
+def new_storage(layer: FourBitLinear) -> None:
+    layer.weight.data = layer.weight.data * 2
+
+
+def new_parameter(layer: FourBitLinear) -> None:
+    layer.weight = nn.Parameter(layer.weight.detach() * 2)
+
+
+def state_dict(layer: FourBitLinear) -> None:
+    layer.load_state_dict({key: value * 2 for key, value in layer.state_dict().items()})
+
+
+def optimizer_without_a_trace(layer: FourBitLinear) -> None:
+    class Careless(torch.optim.Optimizer):
+        def step(self, closure=None):
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data.mul_(2)
+
+    Careless(layer.parameters(), {}).step()
+
+
+TRACED = [under_no_grad, new_storage, new_parameter, state_dict]
+WITHOUT_TRACE = [through_data, through_numpy, rows_in_another_order, one_number, optimizer_without_a_trace]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("write", [*TRACED, *WITHOUT_TRACE], ids=lambda write: write.__name__)
+def test_the_weight_used_is_that_of_the_present_parameter(write, frozen: bool) -> None:
+    layer, x = make(FourBitConfig())
+    layer.requires_grad_(not frozen)
+    before = layer(x)
+    write(layer)
+    fresh = FourBitLinear(48, 24)
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x), fresh(x))
+    assert not torch.equal(layer(x), before)
+
+
+def test_functional_calls_with_other_weights_use_them() -> None:
+    """Their temporary tensors get each other's address."""
+    layer, x = make(FourBitConfig())
+    with torch.no_grad():
+        for factor in range(1, 30):
+            got = torch.func.functional_call(layer, {"weight": layer.weight * factor, "bias": layer.bias}, (x,))
+            expected = torch.nn.functional.linear(
+                layer.recipe.activation(x), layer.recipe.weight(layer.weight * factor), layer.bias
+            )
+            assert torch.equal(got, expected)
+
+
+def test_a_partner_that_is_written_to_changes_the_shared_scale() -> None:
+    first, x = make(FourBitConfig.nvfp4())
+    second, _ = make(FourBitConfig.nvfp4())
+    first.scale_partners = second.scale_partners = (first, second)
+    before = first(x)
+    second.weight.data[0, 0] = 30.0
+    assert not torch.equal(first(x), before)
+    assert torch.equal(first.quantized_weight(), first.recipe.weight(first.weight, torch.tensor(30.0)))
+
+
+class TestRoundings:
+    """How often the weight is rounded."""
+
     @pytest.fixture
     def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
         seen: list[torch.Tensor] = []
@@ -105,56 +190,21 @@ class TestKeptWeight:
             return original(weight, *others)
 
         monkeypatch.setattr(linear_module, "quantize_weight", counting)
+        monkeypatch.setattr(matmul_module, "quantize_weight", counting)
         return seen
 
-    def test_the_weight_is_quantized_once_per_optimizer_step(self, calls: list) -> None:
+    def test_once_for_forward_and_backward_pass(self, calls: list) -> None:
         layer, x = make(FourBitConfig())
-        optimizer = torch.optim.AdamW(layer.parameters())
-        for step in range(3):
-            for _ in range(4):
-                layer(x).sum().backward()
-            with torch.no_grad():
-                layer(x)
-            assert len(calls) == step + 1
-            optimizer.step()
+        for passes in range(1, 4):
+            layer(x).sum().backward()
+            assert len(calls) == passes
 
-    def test_an_optimizer_that_writes_to_data_is_noticed(self, calls: list) -> None:
-        class Careless(torch.optim.Optimizer):
-            def step(self, closure=None):
-                for parameter in self.param_groups[0]["params"]:
-                    parameter.data.mul_(2)
-
-        layer, x = make(FourBitConfig())
-        before = layer(x)
-        Careless(layer.parameters(), {}).step()
-        assert not torch.equal(layer(x), before)
-
-    @pytest.mark.parametrize("change", ["load", "copy", "swap", "dtype"])
-    def test_every_other_change_of_the_weight_is_noticed(self, change: str, calls: list) -> None:
-        layer, x = make(FourBitConfig())
-        layer(x)
-        if change == "load":
-            layer.load_state_dict({key: value * 2 for key, value in layer.state_dict().items()})
-        elif change == "copy":
-            with torch.no_grad():
-                layer.weight.copy_(layer.weight * 2)
-        elif change == "swap":
-            layer.weight.data = layer.weight.data * 2
-        else:
-            layer, x = layer.double(), x.double()
-        result = layer(x)
-        assert len(calls) == 2
-        layer.forget_weight()
-        assert torch.equal(layer(x), result)
-
-    def test_it_can_be_switched_off(self, calls: list) -> None:
+    def test_twice_where_nothing_of_its_size_is_to_be_kept(self, calls: list) -> None:
         layer, x = make(FourBitConfig(cache_weights=False))
         layer(x).sum().backward()
-        layer(x)
-        assert layer._kept is None
-        assert calls == []  # made inside of the product, forward and backward
+        assert len(calls) == 2
 
-    def test_without_it_the_results_are_the_same(self) -> None:
+    def test_the_results_are_the_same(self) -> None:
         results = []
         for cache in (True, False):
             layer, x = make(FourBitConfig(cache_weights=cache))
@@ -163,25 +213,71 @@ class TestKeptWeight:
         assert torch.equal(results[0][0], results[1][0])
         assert torch.equal(results[0][1], results[1][1])
 
-    def test_memory_is_bounded_by_one_weight(self) -> None:
+    def test_once_while_weights_are_said_to_be_fixed(self, calls: list) -> None:
+        layer, x = make(FourBitConfig())
+        expected = layer(x)
+        with fixed_weights(layer):
+            with fixed_weights(layer):
+                assert torch.equal(layer(x), expected)
+            with torch.no_grad():
+                assert torch.equal(layer(x), expected)
+            layer(x).sum().backward()
+            assert len(calls) == 2
+        assert layer._kept is None
+        layer.weight.data.mul_(2)
+        layer(x)
+        assert len(calls) == 3
+
+    @pytest.mark.parametrize("write", TRACED, ids=lambda write: write.__name__)
+    def test_a_change_that_leaves_a_trace_is_noticed_even_then(self, write) -> None:
+        layer, x = make(FourBitConfig())
+        with fixed_weights(layer):
+            layer(x)
+            write(layer)
+            result = layer(x)
+        assert torch.equal(layer(x), result)
+
+    def test_a_changed_partner_is_noticed_even_then(self) -> None:
+        first, x = make(FourBitConfig.nvfp4())
+        second, _ = make(FourBitConfig.nvfp4())
+        first.scale_partners = second.scale_partners = (first, second)
+        with fixed_weights(first):
+            first(x)
+            with torch.no_grad():
+                second.weight[0, 0] = 20.0
+            result = first(x)
+        assert torch.equal(first(x), result)
+
+    def test_an_error_ends_it(self) -> None:
         layer, x = make(FourBitConfig())
         layer(x)
-        with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(RuntimeError), fixed_weights(layer):
+            layer(x[..., :-1])
+        assert (layer._fixed, layer._kept) == (0, None)
+
+    def test_one_weight_is_kept_at_most(self) -> None:
+        layer, x = make(FourBitConfig())
+        with fixed_weights(layer):
             layer(x)
-        assert layer._kept[1].dtype == torch.bfloat16
+            with torch.autocast("cpu", torch.bfloat16):
+                layer(x)
+            assert layer._kept[2].dtype == torch.bfloat16
 
     def test_a_weight_made_in_inference_mode_can_be_trained_with(self) -> None:
         layer, x = make(FourBitConfig())
-        with torch.inference_mode():
-            layer(x)
-        layer(x).sum().backward()
+        with fixed_weights(layer):
+            with torch.inference_mode():
+                layer(x)
+            layer(x).sum().backward()
         assert layer.weight.grad is not None
 
     def test_copies_and_pickles_do_not_carry_it(self) -> None:
         layer, x = make(FourBitConfig())
-        expected = layer(x)
-        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-            assert twin._kept is None
+        with fixed_weights(layer):
+            expected = layer(x)
+            twins = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+        for twin in twins:
+            assert (twin._kept, twin._fixed) == (None, 0)
             assert torch.equal(twin(x), expected)
 
 

@@ -166,11 +166,34 @@ class TestAdapters:
         trained = {name for name, p in model.named_parameters() if p.grad is not None}
         assert len(trained) == 8
         assert all("lora" in name for name in trained)
-        layer = model.base_model.model.model.layers[0].self_attn.q_proj
-        kept = layer.base_layer._kept
-        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
-        model(**TEXT)
-        assert layer.base_layer._kept is kept  # a frozen weight is quantized once
+
+    @pytest.mark.parametrize("safe", [False, True])
+    @pytest.mark.parametrize("kind", ["LoraConfig", "VeraConfig", "OFTConfig", "BOFTConfig", "IA3Config"])
+    def test_merging_and_unmerging_change_what_the_layers_compute(self, peft: Any, kind: str, safe: bool) -> None:
+        """Merging writes to ``weight.data``."""
+        options = {
+            **{"LoraConfig": {"r": 4, "init_lora_weights": False}, "VeraConfig": {"init_weights": False}},
+            **{"OFTConfig": {"r": 0, "oft_block_size": 16, "init_weights": False}},
+            **{"BOFTConfig": {"boft_block_size": 4, "init_weights": False}},
+            **{"IA3Config": {"feedforward_modules": [], "init_ia3_weights": False}},
+        }[kind]
+        base = convert_to_4bit(llama())
+        model = peft.get_peft_model(base, getattr(peft, kind)(target_modules=["q_proj"], **options)).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+            before = model(**TEXT).logits
+            model.merge_adapter(safe_merge=safe)
+            assert torch.equal(model(**TEXT).logits, model(**TEXT).logits)
+            merged = model(**TEXT).logits
+            twin = convert_to_4bit(llama())
+            state = {name.replace("base_layer.", ""): value for name, value in base.state_dict().items()}
+            twin.load_state_dict({name: state[name] for name in twin.state_dict()})
+            assert torch.equal(merged, twin.eval()(**TEXT).logits)
+            assert not torch.equal(merged, before)
+            model.unmerge_adapter()
+            torch.testing.assert_close(model(**TEXT).logits, before, rtol=0, atol=0.3)
 
     def test_a_merged_adapter_is_ready_for_export(self, peft: Any) -> None:
         model = peft.get_peft_model(convert_to_4bit(llama()), peft.LoraConfig(r=4, target_modules=["q_proj"]))

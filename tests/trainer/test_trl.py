@@ -15,7 +15,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_stablespam import FourBitCallback, FourBitLinear, GradientNormCallback, MomentumResetCallback, StableSPAM
+from hf_stablespam import (
+    FourBitCallback,
+    FourBitLinear,
+    GradientNormCallback,
+    MomentumResetCallback,
+    StableSPAM,
+    convert_to_4bit,
+)
 from tests.trainer.helpers import optimizer_of, tiny_llama, training_logs
 
 trl = pytest.importorskip("trl", reason="trl is not installed: it is tested by `make test-versions`")
@@ -125,3 +132,16 @@ def test_the_command_line_under_the_launcher(tmp_path):
     assert done.returncode == 0, done.stderr
     state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
     assert all(row["gradients/clipped"] >= 0 for row in state["log_history"] if "loss" in row)
+
+
+def test_a_reference_model_that_is_synchronized_computes_with_its_new_weights():
+    """TRL writes to ``param.data``."""
+    policy, reference = (convert_to_4bit(tiny_llama()) for _ in range(2))
+    tokens = torch.arange(8).unsqueeze(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.5)
+        before = reference.requires_grad_(False)(tokens).logits
+        trl.trainer.callbacks.SyncRefModelCallback._sync_target_model(policy, reference, alpha=1.0)
+        assert torch.equal(reference(tokens).logits, policy(tokens).logits)
+        assert not torch.equal(reference(tokens).logits, before)
