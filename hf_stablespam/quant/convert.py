@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from hf_stablespam._announce import announce
 from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.formats import ScaleKind
 from hf_stablespam.quant.linear import FourBitLinear, check_weight
@@ -35,8 +36,8 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
     """Swap the class of the model's `nn.Linear` layers to `FourBitLinear`, in place.
 
     Parameters, their identity, hooks and the keys of the state dict stay; so optimizers, DDP, FSDP2, checkpointing
-    and saving work as before. One line on the log says how many layers were converted and what was left alone; layers
-    that transformers prepared for 4-bit training itself (FourOverSixConfig, FPQuantConfig) are.
+    and saving work as before. One line, on the log or on stderr, says how many layers were converted and what was left
+    alone; layers that transformers prepared for 4-bit training itself (FourOverSixConfig, FPQuantConfig) are.
     Converting again with the same configuration does nothing.
 
     Args:
@@ -69,8 +70,10 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
     converted = [name for name, module in model.named_modules() if isinstance(module, FourBitLinear)]
     prepared = any(type(module).__module__.split(".")[0] in PREPARED_BY for module in model.modules())
     if not chosen and prepared and not converted:
-        logger.info(
-            "4-bit training: the model was prepared by transformers; left alone: %s", ", ".join(left_alone(model))
+        announce(
+            logger,
+            "4-bit training: the model was prepared by transformers; left alone: %s",
+            ", ".join(left_alone(model)),
         )
         return model
     if not chosen and not converted:
@@ -80,7 +83,8 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
     _share_scales(model, config)
     _note_in_config(model, config.to_dict())
     if chosen:
-        logger.info(
+        announce(
+            logger,
             "4-bit training: converted %d linear layers (weight %s, activation %s, gradient %s); left alone: %s",
             *(len(chosen), config.weight, config.activation, config.gradient, ", ".join(left_alone(model)) or "none"),
         )

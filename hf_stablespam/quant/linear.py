@@ -1,4 +1,4 @@
-"""`FourBitLinear`: an `nn.Linear` whose products see 4-bit numbers, with the parameters and names of `nn.Linear`."""
+"""`FourBitLinear`: a fake-quantized `nn.Linear` for quantization-aware training, with the parameters of `nn.Linear`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_stablespam.quant.matmul import FourBitMatmul, Recipe, quantize_weight
 
 
 class FourBitLinear(nn.Linear):
-    """A linear layer with 4-bit operands and a master weight in high precision.
+    """A fake-quantized linear layer for quantization-aware training: 4-bit operands, a master weight in high precision.
 
     ``y = Q_a(x) · Q_w(W)ᵀ + b``; ``∂x = Q_g(∂y) · Q_w(W)``; ``∂W = Q_g(∂y)ᵀ · Q_a(x)``; each ``Q`` as `config` says.
     The arithmetic is simulated: operands are numbers on the 4-bit grid, in the dtype of the layer (or of autocast).

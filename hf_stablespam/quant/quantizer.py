@@ -58,7 +58,7 @@ class Quantizer:
 
             if fused.covers(x, self):
                 return fused.fake_quantize(x, self, amax)
-        return quantize(x, self, amax).dequantize().to(x.dtype)
+        return quantize(x, self, amax).consume().to(x.dtype)
 
 
 class Quantized(NamedTuple):
@@ -84,7 +84,11 @@ class Quantized(NamedTuple):
     width: int
 
     def dequantize(self) -> Tensor:
-        """The numbers that the codes stand for, in the dtype of the arithmetic. Uses up `codes`."""
+        """The numbers that the codes stand for, (..., width), in the dtype of the arithmetic."""
+        return self._replace(codes=self.codes.clone()).consume()
+
+    def consume(self) -> Tensor:
+        """The same without a copy: the numbers take the place of `codes`, which nobody must read afterwards."""
         values = self.codes
         if self.zero is not None:
             values = values.sub_(self.zero)

@@ -121,6 +121,14 @@ def test_scales_are_rounded_as_the_checkpoint_stores_them(dtype: torch.dtype) ->
         assert result.divisor == 1
 
 
+@pytest.mark.parametrize("name", ["int4", "int4_asym", "nvfp4"])
+def test_dequantizing_leaves_the_codes_alone(name: str) -> None:
+    result = quantize(weights(4, 64), Quantizer(FORMATS[name], group_size=FORMATS[name].block or 32, outliers=1))
+    codes = result.codes.clone()
+    assert torch.equal(result.dequantize(), result.dequantize())
+    assert torch.equal(result.codes, codes)
+
+
 def test_outliers_are_kept_and_do_not_enter_the_scale() -> None:
     x = weights(4, 64)
     x[:, 7], x[:, 40] = 50.0, -80.0

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_stablespam._announce import announce
 from hf_stablespam._sharded import full
 from hf_stablespam.quant.export.calibration import input_amax
 from hf_stablespam.quant.export.checks import (
@@ -93,7 +94,7 @@ def export_4bit(
         if processing_class is not None:
             processing_class.save_pretrained(directory)
         packed_count = len(layers) - len(unpacked)
-        logger.info("exported %d packed and %d unpacked layers to %s", packed_count, len(unpacked), directory)
+        announce(logger, "exported %d packed and %d unpacked layers to %s", packed_count, len(unpacked), directory)
 
 
 def _state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
