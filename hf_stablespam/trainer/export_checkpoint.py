@@ -1,11 +1,9 @@
-"""A checkpoint of the Trainer → a packed 4-bit checkpoint, also from the command line."""
+"""A checkpoint of the Trainer → a packed 4-bit checkpoint."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ import transformers
 
 from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit
 from hf_stablespam.quant.convert import CONFIG_KEY
-from hf_stablespam.quant.formats import FORMATS
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
@@ -77,34 +74,23 @@ def noted_config(checkpoint: str | os.PathLike[str]) -> FourBitConfig:
     return FourBitConfig.from_dict(note)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """``python -m hf_stablespam export CHECKPOINT OUT``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hf_stablespam export",
-        description="Pack a checkpoint that was trained in 4 bits (compressed-tensors format).",
-    )
-    parser.add_argument("checkpoint", help="folder written by the Trainer")
-    parser.add_argument("output", help="folder to write the packed checkpoint to")
-    parser.add_argument("--weight", choices=list(FORMATS), help="format, instead of the one it was trained with")
-    parser.add_argument("--group_size", type=int, help="group size, instead of the one it was trained with")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the rest")
-    parser.add_argument(
-        "--leave_unpackable", action="store_true", help="store layers that cannot be packed unpacked, do not stop"
-    )
-    options = parser.parse_args(arguments)
+def export_with(
+    checkpoint: str, output: str, changes: dict[str, Any], dtype: str = "bfloat16", leave_unpackable: bool = False
+) -> None:
+    """`export_checkpoint` with some options of the noted configuration changed: what the command line says.
+
+    Args:
+        checkpoint: see `export_checkpoint`.
+        output: see `export_checkpoint`.
+        changes: fields of `FourBitConfig`; a checkpoint that was not trained in 4 bits is rounded to what they say.
+        dtype: name of a dtype of torch.
+        leave_unpackable: see `export_4bit`.
+    """
     config = None
-    if options.weight or options.group_size:
-        changes = {name: getattr(options, name) for name in ("weight", "group_size") if getattr(options, name)}
-        has_note = CONFIG_KEY in _read_config(Path(options.checkpoint))
-        base = noted_config(options.checkpoint) if has_note else FourBitConfig(activation=None)
-        config = replace(base, **changes)
-    export_checkpoint(
-        options.checkpoint,
-        options.output,
-        config,
-        dtype=getattr(torch, options.dtype),
-        leave_unpackable=options.leave_unpackable,
-    )
+    if changes:
+        has_note = CONFIG_KEY in _read_config(Path(checkpoint))
+        config = replace(noted_config(checkpoint) if has_note else FourBitConfig(activation=None), **changes)
+    export_checkpoint(checkpoint, output, config, dtype=getattr(torch, dtype), leave_unpackable=leave_unpackable)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -114,6 +100,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
             " merge_and_unload(), save the result, and export that"
         )
     path = folder / "config.json"
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} does not exist; give a folder that the Trainer or save_pretrained wrote")
     if not path.exists():
         raise FileNotFoundError(f"{folder} has no config.json; give a folder that the Trainer or save_pretrained wrote")
     return json.loads(path.read_text())
