@@ -100,10 +100,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
             " merge_and_unload(), save the result, and export that"
         )
     path = folder / "config.json"
-    if not folder.exists():
-        raise FileNotFoundError(f"{folder} does not exist; give a folder that the Trainer or save_pretrained wrote")
     if not path.exists():
-        raise FileNotFoundError(f"{folder} has no config.json; give a folder that the Trainer or save_pretrained wrote")
+        missing = "" if folder.exists() else f" ({folder} does not exist)"
+        raise FileNotFoundError(
+            f"{folder} has no config.json; give a folder that the Trainer or save_pretrained wrote{missing}"
+        )
     return json.loads(path.read_text())
 
 

@@ -76,7 +76,7 @@ def test_no_arguments_at_all_show_the_help_and_version_says_which(monkeypatch, c
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["export", "nowhere", "out"], "nowhere does not exist; give a folder that the Trainer"),
+        (["export", "nowhere", "out"], r"nowhere has no config.json; give a folder .* \(nowhere does not exist\)"),
         (["export", ".", "out"], r"\. has no config.json; give a folder that the Trainer"),
         (["export", "nowhere", "nowhere"], "output must be another folder than the checkpoint, got 'nowhere'"),
         (["report", "nowhere"], "nowhere"),
