@@ -1,9 +1,12 @@
-"""A checkpoint of the Trainer → a packed 4-bit checkpoint."""
+"""A checkpoint of the Trainer → a file or folder for the engine that is to run it, also from the command line."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,17 @@ from typing import Any
 import torch
 import transformers
 
-from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit
+from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit, export_gguf
 from hf_stablespam.quant.convert import CONFIG_KEY
+from hf_stablespam.quant.export import export_unpacked
+from hf_stablespam.quant.export.gguf.checks import EMBEDDING_TYPES
+from hf_stablespam.quant.formats import FORMATS
+from hf_stablespam.trainer.checkpoints import last_complete_checkpoint
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+TARGETS = ("compressed-tensors", "gguf", "unpacked")
 
 
 def export_checkpoint(
@@ -22,40 +32,76 @@ def export_checkpoint(
     output: str | os.PathLike[str],
     config: FourBitConfig | None = None,
     *,
+    to: str = "compressed-tensors",
     dtype: torch.dtype = torch.bfloat16,
     leave_unpackable: bool = False,
+    embedding: str = "q8_0",
+    overwrite: bool = False,
 ) -> None:
-    """Pack the weights of a checkpoint that was trained in 4 bits.
+    """Write the weights of a checkpoint that was trained in 4 bits in the format of an engine.
 
     How it was trained stands in the checkpoint's ``config.json``, where `convert_to_4bit` leaves a note. The weights
     there are ordinary high-precision ones; packing puts them on the grid that training used.
 
     Args:
-        checkpoint: folder written by the Trainer or by `save_pretrained`.
-        output: folder to write to; another than `checkpoint`.
+        checkpoint: folder written by the Trainer or by `save_pretrained`; of a run's output folder without a model of
+            its own, the last checkpoint.
+        output: folder to write to, another than `checkpoint`; for ``"gguf"`` a file.
         config: formats and which layers, instead of those noted in the checkpoint.
-        dtype: see `export_4bit`.
-        leave_unpackable: see `export_4bit`.
+        to: ``"compressed-tensors"`` (see `export_4bit`), ``"gguf"`` (see `export_gguf`) or ``"unpacked"``: an ordinary
+            checkpoint that holds the 4-bit numbers in float32, for other converters.
+        dtype: for ``"compressed-tensors"``, see `export_4bit`.
+        leave_unpackable: likewise.
+        embedding: for ``"gguf"``, see `export_gguf`.
+        overwrite: likewise.
 
     Raises:
         FileNotFoundError: the folder has no ``config.json``.
-        ValueError: the checkpoint has no note and no `config` was given, or `export_4bit` refuses the model.
+        ValueError: the checkpoint has no note and no `config` was given, or the model is refused by what writes it.
 
     Example:
         >>> export_checkpoint("runs/llama/checkpoint-500", "llama-4bit")  # doctest: +SKIP
+        >>> export_checkpoint("runs/llama/checkpoint-500", "llama.gguf", to="gguf")  # doctest: +SKIP
     """
-    folder, target = Path(checkpoint), Path(output)
-    if folder.resolve() == target.resolve():
-        raise ValueError(f"output must be another folder than the checkpoint, got {str(target)!r} for both")
+    if to not in TARGETS:
+        raise ValueError(f"to must be one of {', '.join(map(repr, TARGETS))}, got {to!r}")
+    if Path(checkpoint).resolve() == Path(output).resolve():
+        raise ValueError(f"output must be another folder than the checkpoint, got {str(output)!r} for both")
+    model, tokenizer = load_trained(checkpoint, config)
+    if to == "gguf":
+        export_gguf(model, output, tokenizer, embedding=embedding, overwrite=overwrite)
+    elif to == "unpacked":
+        export_unpacked(model, output, tokenizer)
+    else:
+        export_4bit(model, output, tokenizer, dtype=dtype, leave_unpackable=leave_unpackable)
+
+
+def load_trained(checkpoint: str | os.PathLike[str], config: FourBitConfig | None = None) -> tuple[Any, Any]:
+    """The model of a checkpoint with its 4-bit layers, and its tokenizer or None.
+
+    Args:
+        checkpoint: folder written by the Trainer or by `save_pretrained`.
+        config: instead of the one noted there; a checkpoint that has none is rounded now, which a warning says.
+
+    Raises:
+        FileNotFoundError: the folder has no ``config.json``.
+        ValueError: neither a note nor a `config`.
+    """
+    folder = _checkpoint_of(Path(checkpoint))
     written = _read_config(folder)
+    if config is not None and CONFIG_KEY not in written:
+        logger.warning(
+            "%s was not trained in 4 bits: its weights are rounded to %s now, which costs accuracy that training in 4"
+            " bits would have kept",
+            *(folder, config.weight),
+        )
     config = config or noted_config(folder)
     model = _model_class(written, folder).from_pretrained(folder, dtype=torch.float32)
     model = model.to(getattr(torch, written.get("dtype") or written.get("torch_dtype") or "float32"))
     tokenizer: Any = None
     if any((folder / name).exists() for name in TOKENIZER_FILES):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    convert_to_4bit(model, config)
-    export_4bit(model, target, tokenizer, dtype=dtype, leave_unpackable=leave_unpackable)
+    return convert_to_4bit(model, config), tokenizer
 
 
 def noted_config(checkpoint: str | os.PathLike[str]) -> FourBitConfig:
@@ -65,7 +111,7 @@ def noted_config(checkpoint: str | os.PathLike[str]) -> FourBitConfig:
         FileNotFoundError: the folder has no ``config.json``.
         ValueError: the checkpoint was not trained in 4 bits.
     """
-    note = _read_config(Path(checkpoint)).get(CONFIG_KEY)
+    note = _read_config(_checkpoint_of(Path(checkpoint))).get(CONFIG_KEY)
     if note is None:
         raise ValueError(
             f"{checkpoint} was not trained in 4 bits: its config.json has no {CONFIG_KEY!r}; train with"
@@ -74,23 +120,47 @@ def noted_config(checkpoint: str | os.PathLike[str]) -> FourBitConfig:
     return FourBitConfig.from_dict(note)
 
 
-def export_with(
-    checkpoint: str, output: str, changes: dict[str, Any], dtype: str = "bfloat16", leave_unpackable: bool = False
-) -> None:
-    """`export_checkpoint` with some options of the noted configuration changed: what the command line says.
-
-    Args:
-        checkpoint: see `export_checkpoint`.
-        output: see `export_checkpoint`.
-        changes: fields of `FourBitConfig`; a checkpoint that was not trained in 4 bits is rounded to what they say.
-        dtype: name of a dtype of torch.
-        leave_unpackable: see `export_4bit`.
-    """
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m hf_stablespam export CHECKPOINT OUT``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hf_stablespam export",
+        description="Write a checkpoint that was trained in 4 bits in the format of an engine.",
+    )
+    parser.add_argument("checkpoint", help="folder written by the Trainer")
+    parser.add_argument("output", help="folder, or with --to gguf file, to write to")
+    parser.add_argument("--to", choices=TARGETS, default=TARGETS[0], help="format of the output")
+    parser.add_argument("--weight", choices=list(FORMATS), help="format, instead of the one it was trained with")
+    parser.add_argument("--group_size", type=int, help="group size, instead of the one it was trained with")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the rest")
+    parser.add_argument(
+        "--leave_unpackable", action="store_true", help="store layers that cannot be packed unpacked, do not stop"
+    )
+    parser.add_argument("--embedding", choices=EMBEDDING_TYPES, default="q8_0", help="gguf: type of embedding and head")
+    parser.add_argument("--overwrite", action="store_true", help="gguf: replace the output if it exists")
+    options = parser.parse_args(arguments)
     config = None
-    if changes:
-        has_note = CONFIG_KEY in _read_config(Path(checkpoint))
-        config = replace(noted_config(checkpoint) if has_note else FourBitConfig(activation=None), **changes)
-    export_checkpoint(checkpoint, output, config, dtype=getattr(torch, dtype), leave_unpackable=leave_unpackable)
+    if options.weight or options.group_size:
+        changes = {name: getattr(options, name) for name in ("weight", "group_size") if getattr(options, name)}
+        has_note = CONFIG_KEY in _read_config(_checkpoint_of(Path(options.checkpoint)))
+        base = noted_config(options.checkpoint) if has_note else FourBitConfig(activation=None)
+        config = replace(base, **changes)
+    export_checkpoint(
+        options.checkpoint,
+        options.output,
+        config,
+        to=options.to,
+        dtype=getattr(torch, options.dtype),
+        leave_unpackable=options.leave_unpackable,
+        embedding=options.embedding,
+        overwrite=options.overwrite,
+    )
+
+
+def _checkpoint_of(folder: Path) -> Path:
+    """`folder`, or the last checkpoint in it where it holds no model itself."""
+    if any((folder / name).exists() for name in ("config.json", "adapter_config.json")) or not folder.is_dir():
+        return folder
+    return Path(last_complete_checkpoint(folder) or folder)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -101,10 +171,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     path = folder / "config.json"
     if not path.exists():
-        missing = "" if folder.exists() else f" ({folder} does not exist)"
-        raise FileNotFoundError(
-            f"{folder} has no config.json; give a folder that the Trainer or save_pretrained wrote{missing}"
-        )
+        raise FileNotFoundError(f"{folder} has no config.json; give a folder that the Trainer or save_pretrained wrote")
     return json.loads(path.read_text())
 
 
