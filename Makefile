@@ -10,7 +10,7 @@ CONSTRAINTS_ARGS ?= -c constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo demo-short test lint types unit test-long test-versions evidence-smoke docs docs-serve constraints clean
+.PHONY: help demo demo-short test lint types unit test-long test-versions package-check evidence-smoke docs docs-serve constraints clean
 
 help:
 	@echo "make demo        three short pretrainings on the CPU: full precision, 4 bits, 4 bits with Stable-SPAM"
@@ -18,6 +18,7 @@ help:
 	@echo "make test        lint, types and all tests"
 	@echo "make test-long   the tests marked long: minutes to hours"
 	@echo "make test-versions  the Trainer's tests under each supported transformers, in environments of their own"
+	@echo "make package-check  build sdist and wheel, install the wheel elsewhere, and run the quick start there"
 	@echo "make evidence-smoke  repeat a small part of the committed evidence and compare, in minutes"
 	@echo "make docs        build the documentation into site/, a warning is an error; make docs-serve shows it"
 	@echo "make constraints resolve constraints.txt anew, with uv"
@@ -65,6 +66,9 @@ test-long: $(VENV)/.dev
 test-versions: $(BIN)/python
 	PYTHON=$(PYTHON) tests/versions.sh $(VENV)-versions
 
+package-check: $(BIN)/python
+	PYTHON=$(PYTHON) tests/package.sh $(VENV)-package
+
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
@@ -82,4 +86,4 @@ constraints:
 	mv constraints.merged constraints.txt && rm constraints.new
 
 clean:
-	rm -rf $(VENV) $(VENV)-versions .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist site *.egg-info demo
+	rm -rf $(VENV) $(VENV)-versions $(VENV)-package .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist site *.egg-info demo

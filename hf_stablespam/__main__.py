@@ -7,8 +7,8 @@ import sys
 COMMANDS = {
     "run": "hf_stablespam.trainer.launcher.launch",
     "report": "hf_stablespam.monitor.report.build",
-    "export": "hf_stablespam.trainer.export_checkpoint",
-    "repack": "hf_stablespam.trainer.repack",
+    "export": "hf_stablespam.trainer.export_command",
+    "repack": "hf_stablespam.trainer.repack_command",
 }
 
 

@@ -1,8 +1,10 @@
-"""Public names that are imported when first used, and errors that name the nearest known name."""
+"""Public names that are imported when first used, options of commands, and errors that name the nearest known name."""
 
+import argparse
 import difflib
 import importlib
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
@@ -36,3 +38,17 @@ def lazy_attributes(
         return sorted({*importlib.import_module(module).__dict__, *locations})
 
     return __getattr__, __dir__
+
+
+def add_option(parser: argparse.ArgumentParser, name: str, **how: Any) -> None:
+    """`parser.add_argument` for an option with hyphens, which is also taken, unmentioned, with underscores.
+
+    Args:
+        parser: what to add it to.
+        name: the option as it is shown, such as `"--group-size"`.
+        how: as for `add_argument`.
+    """
+    parser.add_argument(name, **how)
+    other = "--" + name[2:].replace("-", "_")
+    if other != name:
+        parser.add_argument(other, **{**how, "help": argparse.SUPPRESS})

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The Trainer's tests under each supported transformers, each in a virtual environment of its own; the newest also
 # with what is too large for `make test`. All run, whatever fails; the exit status is 1 if one did.
-# Usage: tests/versions.sh [FOLDER for the environments] [NAME...], of oldest, first-5 and newest; default all
+# Usage: tests/versions.sh [FOLDER for the environments] [NAME...], of oldest, first-5, middle and newest; default all
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-.venv-versions}
@@ -29,6 +29,7 @@ run() {
 grep -E '^(torch|torchao|accelerate|tensorboard)==' constraints.txt >"$folder/constraints.txt"
 run oldest "$folder/constraints.txt" transformers==4.57.6
 run first-5 "$folder/constraints.txt" transformers==5.0.0
+run middle "$folder/constraints.txt" transformers==5.12.0
 run newest constraints.txt transformers trl==1.16.0 optuna==5.0.0 bitsandbytes==0.50.2
 
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

@@ -1,12 +1,10 @@
-"""A checkpoint of the Trainer → a file or folder for the engine that is to run it, also from the command line."""
+"""A checkpoint of the Trainer → a file or folder for the engine that is to run it."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,6 @@ import transformers
 from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit, export_gguf
 from hf_stablespam.quant.convert import CONFIG_KEY
 from hf_stablespam.quant.export import export_unpacked
-from hf_stablespam.quant.export.gguf.checks import EMBEDDING_TYPES
-from hf_stablespam.quant.formats import FORMATS
 from hf_stablespam.trainer.checkpoints import last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -120,40 +116,21 @@ def noted_config(checkpoint: str | os.PathLike[str]) -> FourBitConfig:
     return FourBitConfig.from_dict(note)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """``python -m hf_stablespam export CHECKPOINT OUT``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hf_stablespam export",
-        description="Write a checkpoint that was trained in 4 bits in the format of an engine.",
-    )
-    parser.add_argument("checkpoint", help="folder written by the Trainer")
-    parser.add_argument("output", help="folder, or with --to gguf file, to write to")
-    parser.add_argument("--to", choices=TARGETS, default=TARGETS[0], help="format of the output")
-    parser.add_argument("--weight", choices=list(FORMATS), help="format, instead of the one it was trained with")
-    parser.add_argument("--group_size", type=int, help="group size, instead of the one it was trained with")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the rest")
-    parser.add_argument(
-        "--leave_unpackable", action="store_true", help="store layers that cannot be packed unpacked, do not stop"
-    )
-    parser.add_argument("--embedding", choices=EMBEDDING_TYPES, default="q8_0", help="gguf: type of embedding and head")
-    parser.add_argument("--overwrite", action="store_true", help="gguf: replace the output if it exists")
-    options = parser.parse_args(arguments)
+def export_with(checkpoint: str, output: str, changes: dict[str, Any], dtype: str = "bfloat16", **options: Any) -> None:
+    """`export_checkpoint` with some options of the noted configuration changed: what the command line says.
+
+    Args:
+        checkpoint: see `export_checkpoint`.
+        output: see `export_checkpoint`.
+        changes: fields of `FourBitConfig`; a checkpoint that was not trained in 4 bits is rounded to what they say.
+        dtype: name of a dtype of torch.
+        options: the others of `export_checkpoint`.
+    """
     config = None
-    if options.weight or options.group_size:
-        changes = {name: getattr(options, name) for name in ("weight", "group_size") if getattr(options, name)}
-        has_note = CONFIG_KEY in _read_config(_checkpoint_of(Path(options.checkpoint)))
-        base = noted_config(options.checkpoint) if has_note else FourBitConfig(activation=None)
-        config = replace(base, **changes)
-    export_checkpoint(
-        options.checkpoint,
-        options.output,
-        config,
-        to=options.to,
-        dtype=getattr(torch, options.dtype),
-        leave_unpackable=options.leave_unpackable,
-        embedding=options.embedding,
-        overwrite=options.overwrite,
-    )
+    if changes:
+        has_note = CONFIG_KEY in _read_config(_checkpoint_of(Path(checkpoint)))
+        config = replace(noted_config(checkpoint) if has_note else FourBitConfig(activation=None), **changes)
+    export_checkpoint(checkpoint, output, config, dtype=getattr(torch, dtype), **options)
 
 
 def _checkpoint_of(folder: Path) -> Path:
@@ -171,7 +148,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     path = folder / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"{folder} has no config.json; give a folder that the Trainer or save_pretrained wrote")
+        missing = "" if folder.exists() else f" ({folder} does not exist)"
+        raise FileNotFoundError(
+            f"{folder} has no config.json; give a folder that the Trainer or save_pretrained wrote{missing}"
+        )
     return json.loads(path.read_text())
 
 

@@ -138,7 +138,7 @@ class Shell:
         options = launcher._parser().parse_args(rest[rest[0] == "run" :])
         own = rest[: rest.index(options.script)]
         with self._as_found():
-            launcher._check_format(options.four_bit or "int4", launcher._parser())
+            launcher._four_bit_options(options.four_bit or "int4", launcher._parser())
             self._script(options.script, *options.arguments, parse_only=parse_only, launched=own)
 
     def _echo(self, rest: list[str]) -> None:

@@ -2,12 +2,14 @@
 
 import json
 import re
+import subprocess
 import sys
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import hf_stablespam
 from hf_stablespam import FourBitConfig, convert_to_4bit
 from hf_stablespam.__main__ import main
 from tests.trainer.helpers import tiny_llama, tiny_trainer
@@ -28,11 +30,12 @@ def test_report_compares_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.endswith(f"{tmp_path / 'report.html'}\n")
 
 
-def test_export_writes_what_training_computed_with(tmp_path, monkeypatch):
+@pytest.mark.parametrize("spelling", ["--group-size", "--group_size"])
+def test_export_writes_what_training_computed_with(tmp_path, monkeypatch, spelling):
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed: it is in the extra export")
     model = tiny_llama(hidden_size=32, intermediate_size=64).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "trained")
-    flags = ("--weight", "int4", "--group_size", "32")
+    flags = ("--weight", "int4", spelling, "32")
     assert command(monkeypatch, "export", tmp_path / "trained", tmp_path / "packed", *flags) == 0
 
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype="auto")
@@ -45,10 +48,36 @@ def test_export_writes_what_training_computed_with(tmp_path, monkeypatch):
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
 
 
+def test_help_of_a_command_comes_without_torch():
+    """It takes seconds to import; and options are shown with hyphens only, though underscores are taken too."""
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['hf-stablespam', 'export', '--help']\n"
+        "try: runpy.run_module('hf_stablespam', run_name='__main__')\n"
+        "except SystemExit: print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.endswith("False False\n")
+    assert "--group-size" in shown
+    assert "--group_size" not in shown
+
+
+def test_no_arguments_at_all_show_the_help_and_version_says_which(monkeypatch, capsys):
+    assert command(monkeypatch) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: ")
+    assert "examples:" in shown
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, "--version")
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"hf_stablespam {hf_stablespam.__version__}\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["export", "nowhere", "out"], "nowhere has no config.json; give a folder that the Trainer"),
+        (["export", "nowhere", "out"], r"nowhere has no config.json; give a folder .* \(nowhere does not exist\)"),
+        (["export", ".", "out"], r"\. has no config.json; give a folder that the Trainer"),
         (["export", "nowhere", "nowhere"], "output must be another folder than the checkpoint, got 'nowhere'"),
         (["report", "nowhere"], "nowhere"),
     ],

@@ -81,20 +81,14 @@ class GradientNormCallback(ReportsFigures, KeepsState, TrainerCallback):
         self._forget()
 
     def _forget(self) -> None:
-        self._watched: Watched | None = None
-        self._window: Window | None = None
-        self._scores: TensorScores | EntryScores | None = None
-        self._before: list[Tensor] = []
+        self._run: _Run | None = None  # from the first step on
         self._restored: dict[str, Any] = {}
 
     def arguments(self) -> dict[str, Any]:
         return {"by": self.by, "spike_score": self.spike_score, "updates": self.updates}
 
     def knowledge(self) -> dict[str, Any]:
-        if self._window is None:
-            return self._restored
-        scores = self._scores.knowledge() if isinstance(self._scores, TensorScores) else {}
-        return {"scores": scores, "window": self._window.knowledge()}
+        return self._restored if self._run is None else self._run.knowledge()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -110,59 +104,85 @@ class GradientNormCallback(ReportsFigures, KeepsState, TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._watched is None:
-            self._begin(kwargs["model"], kwargs["optimizer"])
-        assert self._watched is not None
+        if self._run is None:
+            # At the first step and not before: FSDP2 exchanges the parameters while it prepares the model.
+            watched = Watched(kwargs["model"], kwargs["optimizer"])
+            self._run = _Run(watched, self.by, self.spike_score, self._restored)
         if self.updates:
-            self._before = [weight.clone() for weight in self._watched.weights()]
+            self._run.keep_weights()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        assert self._watched is not None
-        assert self._window is not None
-        gradients = self._watched.gradients()
-        figures = gradient_figures(self._watched, kwargs["optimizer"], gradients, args.max_grad_norm > 0)
-        with torch.no_grad():
-            figures |= self._spike_figures(figures, gradients)
-            if self.updates:
-                figures |= self._update_figures()
-            self._window.add(figures)
+        if self._run is not None:
+            self._run.add_step(kwargs["optimizer"], clips=args.max_grad_norm > 0)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
-        if self._window is None or not is_training_log(logs):
+        if self._run is None or not is_training_log(logs):
             return
         weights, errors = squared_errors(kwargs["model"])
-        figures, sums = self._window.take(errors.flatten())
+        figures, sums = self._run.window.take(errors.flatten())
         figures |= sqnr_db(weights, sums, self.by)
         add_to_logs({PREFIX + name: value for name, value in figures.items()}, logs, state.log_history)
 
-    def _begin(self, model: torch.nn.Module, optimizer: Any) -> None:
-        # At the first step and not before: FSDP2 exchanges the parameters while it prepares the model.
-        watched = self._watched = Watched(model, optimizer)
+
+class _Run:
+    """What the callback gathers of one run, on the device.
+
+    Args:
+        watched: the parameters.
+        by: see `GradientNormCallback`.
+        spike_score: likewise.
+        restored: `knowledge()` of the run that goes on, empty for a new one.
+    """
+
+    def __init__(
+        self, watched: Watched, by: By, spike_score: Literal["tensor", "entry"] | None, restored: dict[str, Any]
+    ) -> None:
+        self._watched = watched
+        self._before: list[Tensor] = []  # weights before the optimizer's step
         entries = [param.numel() for param in watched.params]
-        self._window = Window(Parts(watched.names, entries, self.by, watched.shards.device))
-        self._window.restore(self._restored.get("window", {}), watched.shards.device)
-        if self.spike_score == "tensor":
+        self.window = Window(Parts(watched.names, entries, by, watched.shards.device))
+        self.window.restore(restored.get("window", {}), watched.shards.device)
+        self._scores: TensorScores | EntryScores | None = None
+        self._spike_above = SPIKE_SCORES[spike_score] if spike_score is not None else 0.0
+        if spike_score == "tensor":
             self._scores = TensorScores(len(entries), watched.shards.device)
-            self._scores.restore(self._restored.get("scores", {}))
-        elif self.spike_score == "entry":
+            self._scores.restore(restored.get("scores", {}))
+        elif spike_score == "entry":
             self._scores = EntryScores(watched.weights())
 
-    def _spike_figures(self, figures: dict[str, Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
-        if self._scores is None:
-            return {}
-        assert self._watched is not None
-        assert self.spike_score is not None
-        if isinstance(self._scores, TensorScores):
-            score = self._scores.update(figures["largest"]).score
+    def knowledge(self) -> dict[str, Any]:
+        """What a checkpoint keeps; JSON."""
+        scores = self._scores.knowledge() if isinstance(self._scores, TensorScores) else {}
+        return {"scores": scores, "window": self.window.knowledge()}
+
+    def keep_weights(self) -> None:
+        """Copy the weights, for the norm of the update that comes now."""
+        self._before = [weight.clone() for weight in self._watched.weights()]
+
+    @torch.no_grad()
+    def add_step(self, optimizer: Any, clips: bool) -> None:
+        """Take in the step that the optimizer has just made. For `clips` see `gradient_figures`."""
+        gradients = self._watched.gradients()
+        figures = gradient_figures(self._watched, optimizer, gradients, clips)
+        if self._scores is not None:
+            figures |= self._spike_figures(self._scores, figures, gradients)
+        if self._before:
+            figures |= self._update_figures()
+        self.window.add(figures)
+
+    def _spike_figures(
+        self, scores: TensorScores | EntryScores, figures: dict[str, Tensor], gradients: list[Tensor]
+    ) -> dict[str, Tensor]:
+        if isinstance(scores, TensorScores):
+            score = scores.update(figures["largest"]).score
         else:
-            score = self._watched.shards.maxima(self._scores.update(gradients, figures["nonfinite"] == 0))
-        return {"spike_score": score, "spikes": (score > SPIKE_SCORES[self.spike_score]).float()}
+            score = self._watched.shards.maxima(scores.update(gradients, figures["nonfinite"] == 0))
+        return {"spike_score": score, "spikes": (score > self._spike_above).float()}
 
     def _update_figures(self) -> dict[str, Tensor]:
-        assert self._watched is not None
         weights = self._watched.weights()
         torch._foreach_sub_(self._before, weights)
         weight_norm, update_norm = self._watched.shards.norms(weights, self._before)

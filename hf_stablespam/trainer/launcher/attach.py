@@ -1,5 +1,6 @@
 """Callbacks that the launcher's flags ask for, on every Trainer that a script builds."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ class LaunchOptions:
     """What the launcher's flags ask for, here and in every process that the script starts.
 
     Args:
-        four_bit: format of weights and activations of the linear layers, `None` to leave them alone.
+        four_bit: what `four_bit_config` reads, `None` to leave the linear layers alone.
         gradient_norms: attach a `GradientNormCallback`.
         reset_every: attach a `MomentumResetCallback` with this interval in update steps, `None` for none.
         built: a file that each process that builds a Trainer creates.
@@ -58,15 +59,25 @@ def attach_callbacks(options: LaunchOptions) -> None:
     after_import("transformers.trainer_callback", wrap)
 
 
-def four_bit_config(name: str) -> "FourBitConfig":
-    """The configuration that the one word after `--four-bit` stands for.
+def four_bit_config(text: str) -> "FourBitConfig":
+    """The configuration that the text after `--four-bit` stands for.
 
-    Weights and activations share the format, but for `int4_asym`: a zero point is of use for weights, and
-    activations keep the symmetric grid, as in the paper.
+    Args:
+        text: fields of `FourBitConfig` as a JSON object, or one word, the format: weights and activations share it,
+            but for `int4_asym`: a zero point is of use for weights, and activations keep the symmetric grid, as in
+            the paper.
+
+    Raises:
+        ValueError: an unknown format or field, or no JSON object.
     """
     from hf_stablespam.quant import FourBitConfig
 
-    return FourBitConfig(weight=name, activation="int4" if name == "int4_asym" else name)
+    if text.lstrip().startswith("{"):
+        try:
+            return FourBitConfig.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"must be a format or a JSON object, got {text!r}, which is not JSON: {error}") from None
+    return FourBitConfig(weight=text, activation="int4" if text == "int4_asym" else text)
 
 
 def _wanted(options: LaunchOptions, present: list[Any]) -> list[Any]:

@@ -14,6 +14,7 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from hf_stablespam._names import add_option
 from hf_stablespam.trainer.launcher.attach import LaunchOptions, attach_callbacks, four_bit_config
 from hf_stablespam.trainer.registration import register
 
@@ -28,6 +29,7 @@ _EXAMPLES = """\
 examples:
   python -m hf_stablespam train.py --optim stable_spam --max_grad_norm 0
   python -m hf_stablespam --four-bit int4 --gradient-norms train.py --optim stable_spam --max_grad_norm 0
+  python -m hf_stablespam --four-bit '{"weight": "int4", "group_size": 32}' train.py --optim stable_spam
   python -m hf_stablespam -m package.train --optim stable_spam
   python -m hf_stablespam $(which trl) sft --optim stable_spam
   torchrun --nproc_per_node 2 -m hf_stablespam train.py --optim stable_spam
@@ -45,10 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
         0; where the script ends with a status of its own, `SystemExit` carries that.
     """
     parser = _parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help()
+        return 0
     parsed = parser.parse_args(arguments)
-    options = LaunchOptions(parsed.four_bit, parsed.gradient_norms, parsed.reset_every)
-    if options.four_bit is not None:
-        _check_format(options.four_bit, parser)
+    four_bit = None if parsed.four_bit is None else _four_bit_options(parsed.four_bit, parser)
+    options = LaunchOptions(four_bit, parsed.gradient_norms, parsed.reset_every)
     if not parsed.module and not os.path.exists(parsed.script):
         parser.error(
             f"SCRIPT must be an existing file, got {parsed.script!r}; give its path ($(which NAME) for an installed "
@@ -101,11 +105,22 @@ def _run(script: str, arguments: list[str], *, is_module: bool) -> None:
             raise
 
 
-def _check_format(name: str, parser: argparse.ArgumentParser) -> None:
+def _four_bit_options(text: str, parser: argparse.ArgumentParser) -> str:
+    """What `--four-bit` asks for, complete: a file's text takes its place, as a child may not find it."""
     try:
-        four_bit_config(name)
-    except ValueError as error:
+        text = Path(text).read_text() if text.endswith(".json") else text
+        four_bit_config(text)
+    except OSError as error:
+        parser.error(f"--four-bit must be a format, a JSON object or a .json file, got {text!r}: {error.strerror}")
+    except (ValueError, TypeError) as error:
         parser.error(f"--four-bit: {error}")
+    return text
+
+
+def _version() -> str:
+    from hf_stablespam import __version__
+
+    return __version__
 
 
 def _interval(text: str) -> int:
@@ -122,17 +137,26 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
+    parser.add_argument("--version", action="version", version=f"hf_stablespam {_version()}")
+    add_option(
+        parser,
         "--four-bit",
         metavar="FORMAT",
         help="train the linear layers with 4-bit weights and activations: int4, int4_asym, fp4_e1m2, fp4_e2m1, "
-        "mxfp4, nvfp4",
+        "mxfp4, nvfp4; or fields of FourBitConfig as a JSON object or in a .json file",
     )
-    parser.add_argument(
-        "--gradient-norms", action="store_true", help="log gradient norms, and with stable_spam the clipped entries"
+    add_option(
+        parser,
+        "--gradient-norms",
+        action="store_true",
+        help="log gradient norms, and with stable_spam the clipped entries",
     )
-    parser.add_argument(
-        "--reset-every", metavar="N", type=_interval, help="reset the optimizer's moments every N update steps"
+    add_option(
+        parser,
+        "--reset-every",
+        metavar="N",
+        type=_interval,
+        help="reset the optimizer's moments every N update steps",
     )
     parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module")
     parser.add_argument("script", metavar="SCRIPT", help="the script to run, or with -m the module")

@@ -105,8 +105,8 @@ def teach_trainer(trainer_cls: "type[Trainer]") -> None:
 
 
 def teach_callback_handler(handler_cls: type) -> None:
-    """Resolve `decay_steps="auto"` at the start of training. Twice is harmless."""
-    patch(handler_cls, "on_train_begin", _resolving_auto_at_last)
+    """Prepare the optimizer at the start of training. Twice is harmless."""
+    patch(handler_cls, "on_train_begin", _preparing)
 
 
 def _knowing(original: Any) -> Any:
@@ -126,10 +126,15 @@ def _resolving_auto(original: Any) -> Any:
     return create_scheduler
 
 
-def _resolving_auto_at_last(original: Any) -> Any:
+def _preparing(original: Any) -> Any:
     # Here the checkpoint is loaded, and every Trainer comes by: one with a `create_scheduler` of its own too.
     def on_train_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        # Imported here, because registering must import neither torch nor accelerate.
+        from hf_stablespam.trainer.callbacks.helpers import accelerator_watch
+
         resolve_decay_steps(self.optimizer, state.max_steps, done=state.global_step)
+        if self.optimizer is not None:
+            accelerator_watch.watch_ours(self.optimizer)
         return original(self, args, state, control, **kwargs)
 
     return on_train_begin

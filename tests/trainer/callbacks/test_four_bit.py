@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from hf_stablespam.quant import FourBitConfig, FourBitLinear
 from hf_stablespam.trainer.callbacks.four_bit import FourBitCallback
 from hf_stablespam.trainer.export_checkpoint import export_checkpoint
-from hf_stablespam.trainer.export_checkpoint import main as export_main
+from hf_stablespam.trainer.export_command import main as export_main
 
 
 def tiny() -> LlamaForCausalLM:

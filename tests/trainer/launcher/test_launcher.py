@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from transformers.trainer_callback import CallbackHandler
 
-from hf_stablespam import MomentumResetCallback
-from hf_stablespam.trainer.launcher.attach import LaunchOptions, attach_callbacks
+from hf_stablespam import FourBitConfig, MomentumResetCallback
+from hf_stablespam.trainer.launcher.attach import LaunchOptions, attach_callbacks, four_bit_config
 from tests.trainer.helpers import tiny_trainer
 
 ROOT = Path(__file__).parents[3]
@@ -139,6 +139,19 @@ def test_under_accelerate(tmp_path, configured, target, use_cpu, parameters):
     assert printed.count("FourBitLinear") == 2
     assert printed.count("distributed FSDP\n") == (2 if parameters == "DTensor" else 0)
     assert all(row["gradients/norm"] > 0 for row in rows)
+
+
+def test_four_bit_takes_a_json_object_or_file(tmp_path):
+    """With any field of `FourBitConfig`."""
+    text = '{"weight": "int4", "group_size": 32, "modules_to_not_convert": ["lm_head", "classifier"]}'
+    expected = FourBitConfig(group_size=32, modules_to_not_convert=("lm_head", "classifier"))
+    assert four_bit_config(text) == expected
+    (tmp_path / "four_bit.json").write_text(text)
+    script = tmp_path / "script.py"
+    script.write_text("import os; print(os.environ['HF_STABLESPAM_LAUNCH'])")
+    for given in (text, tmp_path / "four_bit.json"):
+        done = launch("--four-bit", given, script)  # which builds no Trainer
+        assert json.loads(done.stdout)["four_bit"] == text
 
 
 def test_help_names_flags_and_examples():

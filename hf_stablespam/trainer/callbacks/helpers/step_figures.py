@@ -94,18 +94,10 @@ def gradient_figures(watched: Watched, optimizer: Any, gradients: list[Tensor], 
         figures |= {ours: statistics[name].float() if current else unknown for ours, name in _FROM_STATISTICS.items()}
         for name in ("stable_norm", "norm_factor"):  # nothing of such a tensor entered the moments
             figures[name] = torch.where(nonfinite > 0, 0.0, figures[name])
-    if clips:
-        scale = _clipping_undone(norm, accelerator_watch.unclipped_norm(optimizer))
+    if clips and (factor := accelerator_watch.clipping_coefficient(optimizer)) is not None:
+        scale = 1 / torch.as_tensor(factor, device=norm.device).float()
         figures |= {name: figures[name] * scale for name in ("norm", "largest", "clip_threshold") if name in figures}
     return figures
-
-
-def _clipping_undone(norms: Tensor, unclipped: Tensor | float | None) -> Tensor | float:
-    """The factor from the gradient after the Trainer's clipping to that before, 1 where there is none."""
-    if unclipped is None:
-        return 1.0
-    scale = torch.as_tensor(unclipped, device=norms.device).float() / torch.linalg.vector_norm(norms)
-    return torch.where(scale.isfinite(), scale, 1.0)
 
 
 def raw_gradient_norm(model: nn.Module, optimizer: Any) -> Tensor:
