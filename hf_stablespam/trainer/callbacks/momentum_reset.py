@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_stablespam.trainer.callbacks.helpers import accelerator_watch
 from hf_stablespam.trainer.callbacks.helpers.kept_state import KeepsState
-from hf_stablespam.trainer.callbacks.helpers.moments import keeps_moments, reset_moments, unwrap
+from hf_stablespam.trainer.callbacks.helpers.moments import count_resets, keeps_moments, reset_moments, unwrap
 from hf_stablespam.trainer.callbacks.helpers.reporting import (
     ReportsFigures,
     add_to_logs,
@@ -30,6 +30,8 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
     `reset_interval`, which it switches off. Steps are counted as the Trainer does, from 1, and derived from
     `state.global_step`: a resumed run resets at the same steps. The training logs get `momentum/resets`, the resets
     since the last log, and with a warm-up `momentum/warmup`, the factor on the learning rate at that step.
+
+    A reset by another callback, at a stage of `AdaptPruneCallback`, is counted and warmed up from like its own.
 
     After a reset the i-th step trains with `min(1, i / warmup_steps)` times the learning rate of whatever schedule
     the Trainer runs; the schedule itself does not notice. The `learning_rate` in the logs is the one trained with.
@@ -84,7 +86,10 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
             )
         self.norms: list[float] = []  # the last finite gradient norms, oldest first
         self.last_spike = 0  # the last step whose spike caused a reset
+        self.last_outside = 0  # the last step at whose end another callback had the moments reset
         self.unlogged_resets = 0
+        self._resets_seen = 0
+        self._run: tuple[Any, TrainerState] | None = None  # the optimizer and the state of the present run
         self._factor = 1.0  # on the learning rate of the current step
         self._schedule_lrs: list[Any] | None = None  # while a warm-up has changed them
 
@@ -93,7 +98,9 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
         return {name: getattr(self, name) for name in names}
 
     def knowledge(self) -> dict[str, Any]:
-        return {"norms": list(self.norms), "last_spike": self.last_spike, "unlogged_resets": self.unlogged_resets}
+        self._notice_resets()  # of a callback that came after this one in the step that is being saved
+        names = ("last_spike", "last_outside", "unlogged_resets")
+        return {"norms": list(self.norms), **{name: getattr(self, name) for name in names}}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._check_sole_owner(args, state)
@@ -113,11 +120,13 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
             if "reset_interval" in group:
                 group["reset_interval"] = None
         self._restore(state)
+        self._run, self._resets_seen = (optimizer, state), count_resets(optimizer)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         accelerator_watch.forget(kwargs["optimizer"])
+        self._notice_resets()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -177,12 +186,21 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
         saved = self.restored(state)
         self.norms = list(saved.get("norms", []))
         self.last_spike = saved.get("last_spike", 0)
+        self.last_outside = saved.get("last_outside", 0)
         self.unlogged_resets = saved.get("unlogged_resets", 0)
         self._factor, self._schedule_lrs = 1.0, None
 
     def _reset(self, optimizer: Any) -> None:
         reset_moments(optimizer)
+        self._resets_seen = count_resets(optimizer)
         self.unlogged_resets += 1
+
+    def _notice_resets(self) -> None:
+        """Count resets that others asked for, at the beginning of a stage of pruning for example."""
+        if self._run is not None and count_resets(self._run[0]) > self._resets_seen:
+            self.unlogged_resets += count_resets(self._run[0]) - self._resets_seen
+            self._resets_seen = count_resets(self._run[0])
+            self.last_outside = self._run[1].global_step
 
     def _is_scheduled(self, step: int) -> bool:
         return step in self.at or (self.every is not None and step % self.every == 0)
@@ -194,8 +212,7 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
         first_steps = [first for first in self.at if first <= step]
         if self.every is not None and step >= self.every:
             first_steps.append(step - step % self.every)
-        if self.last_spike:
-            first_steps.append(self.last_spike + 1)
+        first_steps += [last + 1 for last in (self.last_spike, self.last_outside) if last]
         return min(1.0, (step - max(first_steps) + 1) / self.warmup_steps) if first_steps else 1.0
 
     def _is_spike(self, norm: float, step: int) -> bool:

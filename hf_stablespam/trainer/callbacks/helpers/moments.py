@@ -15,6 +15,8 @@ _MOMENTS = frozenset(
 )
 # Counters of bias correction, and the value that they start from (NAdam's product of momenta starts from 1).
 _COUNTERS = {"step": 0, "mu_product": 1}
+# Left on an optimizer: how often its moments were reset from here, whoever asked for it.
+_RESETS = "_hf_stablespam_resets"
 # An optimizer that has one of these options, and has it switched on, will keep moments once it has stepped.
 _OPTIONS = ("betas", "momentum", "decay_rate", "beta2_decay")
 
@@ -34,6 +36,11 @@ def keeps_moments(optimizer: Any) -> bool:
     )
 
 
+def count_resets(optimizer: Any) -> int:
+    """How often `reset_moments` has reset this optimizer."""
+    return getattr(unwrap(optimizer), _RESETS, 0)
+
+
 @torch.no_grad()
 def reset_moments(optimizer: Any) -> None:
     """Set the moments of every parameter, and the counters of their bias correction, to where they began.
@@ -44,6 +51,7 @@ def reset_moments(optimizer: Any) -> None:
         optimizer: any optimizer, wrapped by accelerate or not; nothing happens before its first step.
     """
     optimizer = unwrap(optimizer)
+    setattr(optimizer, _RESETS, count_resets(optimizer) + 1)
     if hasattr(optimizer, "reset_moments"):
         optimizer.reset_moments()
         return

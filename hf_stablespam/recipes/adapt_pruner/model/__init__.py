@@ -1,0 +1,1 @@
+"""The model itself: its layers, cutting them, its optimizer, its files."""

@@ -1,0 +1,1 @@
+"""Pruning between the steps of a Trainer: in stages, or inside of one run."""

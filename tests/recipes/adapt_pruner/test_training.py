@@ -1,0 +1,253 @@
+"""Inside of the Trainer: cuts between steps, stages, resets and their owner, resuming."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import FSDPOption
+
+from hf_stablespam import (
+    FourBitCallback,
+    FourBitConfig,
+    GradientNormCallback,
+    MomentumResetCallback,
+    SpikeRecorder,
+    convert_to_4bit,
+)
+from hf_stablespam.recipes.adapt_pruner import AdaptPruneCallback, adapt_prune, load_pruned, prune_and_train
+from hf_stablespam.recipes.adapt_pruner.training.callback import refuse_arguments
+from tests.processes import run_processes
+from tests.recipes.adapt_pruner.models import batches, small
+from tests.trainer.helpers import optimizer_of, tiny_trainer, training_logs
+
+OPTIONS = {"optim": "stable_spam", "max_steps": 8, "learning_rate": 1e-2}
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+class Widths(TrainerCallback):
+    """Parameters of the model in each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.seen.append(parameters(model))
+
+
+@pytest.mark.parametrize("choice", ["reset", "keep"])
+def test_cuts_between_steps(choice, tmp_path):
+    widths, prune = Widths(), AdaptPruneCallback(0.8, at_steps=[0, 3], optimizer_state=choice, steps=20)
+    trainer = tiny_trainer(tmp_path, model=small(), callbacks=[widths, prune], **OPTIONS)
+    trainer.train()
+    whole = 28032
+    first, second = (report.parameters_after for report in prune.reports)
+    assert widths.seen == [first] * 3 + [second] * 5
+    assert whole - (whole - int(0.8 * whole)) // 2 - 98 < first <= whole - (whole - int(0.8 * whole)) // 2
+    assert int(0.8 * whole) - 98 < second <= int(0.8 * whole)
+    own = [parameter for group in optimizer_of(trainer).param_groups for parameter in group["params"]]
+    assert {id(parameter) for parameter in own} == {id(parameter) for parameter in trainer.model.parameters()}
+    logs = [row.get("pruning/parameters") for row in training_logs(trainer)]
+    assert logs == [first, None, second, None, None, None, None, None]
+    shares = training_logs(trainer)[2]
+    assert 0 <= shares["pruning/sparsity_min"] < shares["pruning/sparsity_mean"] < shares["pruning/sparsity_max"]
+
+
+def test_stages_share_the_run_as_they_share_the_data(tmp_path):
+    widths = Widths()
+    callbacks = [widths, AdaptPruneCallback(0.7, stages=3, calibration=batches(), steps=20)]
+    tiny_trainer(tmp_path, model=small(), callbacks=callbacks, **{**OPTIONS, "max_steps": 12}).train()
+    lengths = [widths.seen.count(value) for value in sorted(set(widths.seen), reverse=True)]
+    assert lengths == [2, 4, 6]
+
+
+def test_ten_steps_and_ten_more_equal_twenty(tmp_path):
+    """A cut at step 10, where the checkpoint is, with a warm-up after its reset: both survive."""
+
+    def trainer(model, folder):
+        callbacks = [
+            MomentumResetCallback(every=100, warmup_steps=4),
+            AdaptPruneCallback(0.8, at_steps=[4, 10], steps=20),
+        ]
+        more = {"save_strategy": "steps", "save_steps": 10, "lr_scheduler_type": "cosine", "max_steps": 20}
+        return tiny_trainer(folder, model=model, callbacks=callbacks, **{**OPTIONS, **more})
+
+    whole = trainer(small(), tmp_path / "whole")
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-10"
+    resumed = trainer(load_pruned(checkpoint, dtype=torch.float32), tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert [row["loss"] for row in training_logs(whole)] == [row["loss"] for row in training_logs(resumed)]
+    dense = trainer(small(), tmp_path / "dense")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        dense.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_reset_has_one_owner(tmp_path):
+    """The callback of the resets counts those of the stages, and warms up after them."""
+    callbacks = [
+        MomentumResetCallback(every=100, warmup_steps=4),
+        AdaptPruneCallback(0.9, at_steps=[3], steps=20),
+    ]
+    options = {**OPTIONS, "lr_scheduler_type": "constant"}
+    trainer = tiny_trainer(tmp_path, model=small(), callbacks=callbacks, **options)
+    trainer.train()
+    rates = [row["learning_rate"] for row in training_logs(trainer)]
+    assert rates == pytest.approx([1e-2] * 3 + [0.25e-2, 0.5e-2, 0.75e-2, 1e-2, 1e-2])
+    assert [row["momentum/resets"] for row in training_logs(trainer)] == [0, 0, 0, 1, 0, 0, 0, 0]
+
+
+def test_beside_the_other_callbacks_and_in_4_bits(tmp_path):
+    """Measured through the 4-bit layers, cut to whole groups, accumulated, watched."""
+    config = FourBitConfig(group_size=16, activation="int4")
+    callbacks = [FourBitCallback(config), GradientNormCallback(by="block"), SpikeRecorder()]
+    callbacks.append(AdaptPruneCallback(0.8, at_steps=[0, 4], steps=20, amplitude=0.01))
+    options = {**OPTIONS, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    trainer = tiny_trainer(tmp_path, model=small(), callbacks=callbacks, **options)
+    trainer.train()
+    for layer in trainer.model.model.layers:
+        assert layer.mlp.down_proj.in_features % 16 == 0
+        assert layer.self_attn.o_proj.in_features % 16 == 0
+        quantized = layer.mlp.down_proj.quantized_weight()
+        assert quantized.shape == layer.mlp.down_proj.weight.shape
+    assert parameters(trainer.model) <= int(0.8 * 28032)
+    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in training_logs(trainer))
+
+
+def test_the_scores_are_those_of_the_4_bit_forward():
+    plain = adapt_prune(small(), 0.8, batches(), show_progress=False)
+    converted = convert_to_4bit(small(), FourBitConfig(group_size=32))
+    with torch.no_grad():
+        losses = [converted(**batch, labels=batch["input_ids"]).loss.item() for batch in batches()]
+    coarse = adapt_prune(converted, 0.8, batches(), show_progress=False, multiple_of=1)
+    assert coarse.reached
+    assert coarse.steps[0].loss == pytest.approx(sum(losses) / 2)
+    assert coarse.steps[0].loss != pytest.approx(plain.steps[0].loss)
+
+
+def test_prune_and_train(tmp_path):
+    """Parts of data and steps, targets, one schedule, new optimizers; the arguments of the caller stay as they were."""
+    stages, rates, sizes = [], [], []
+
+    class Rates(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    made = []
+
+    def make_trainer(model, stage):
+        more = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"min_lr_ratio": 0.1}}
+        trainer = tiny_trainer(
+            tmp_path / str(stage),
+            model=model,
+            callbacks=[Rates()],
+            **{**OPTIONS, **more, "max_steps": -1, "num_train_epochs": 2, "warmup_steps": 3},
+        )
+        made.append(trainer.args)
+        return trainer
+
+    def at_end(trainer, stage, report):
+        stages.append((stage, parameters(trainer.model), report.target_parameters, trainer.state.global_step))
+        sizes.append(len(trainer.train_dataset))
+        assert training_logs(trainer)[0]["pruning/parameters"] == report.parameters_after
+
+    model = small()
+    result = prune_and_train(model, make_trainer, 0.7, stages=3, calibration=batches(), steps=20, on_stage_end=at_end)
+    assert result is model
+    assert sizes == [10, 21, 33]
+    assert [stage[3] for stage in stages] == [6, 12, 18]
+    whole, target = 28032, int(0.7 * 28032)
+    assert [stage[2] for stage in stages] == [whole - (whole - target) * k // 3 for k in (1, 2, 3)]
+    assert all(after <= wanted for _, after, wanted, _ in stages)
+    assert [args.max_steps for args in made] == [-1, -1, -1]
+    expected = [1e-2 * (0.1 + 0.9 * i / 3) for i in range(3)] + [1e-2] * 29
+    expected += [1e-2 * (0.1 + 0.9 * (1 - i / 4)) for i in range(4)]
+    assert rates == pytest.approx(expected)
+
+
+def test_going_on_with_a_later_stage(tmp_path):
+    """From the checkpoint of a stage, with the targets of the whole run, to the same model."""
+
+    def make_trainer(model, stage):
+        more = {"save_strategy": "no", "max_steps": 6}
+        return tiny_trainer(tmp_path / str(stage), model=model, **{**OPTIONS, **more})
+
+    def save(trainer, stage, report):
+        if stage == 0:
+            trainer.save_model(tmp_path / "first")
+            (tmp_path / "first" / "pruning.json").write_text(json.dumps({"layers": report.widths, "config": {}}))
+
+    options = {"stages": 2, "calibration": None, "steps": 10}
+    whole = prune_and_train(small(), make_trainer, 0.8, on_stage_end=save, **options)
+    model = load_pruned(tmp_path / "first", dtype=torch.float32)
+    prune_and_train(model, make_trainer, 0.8, first_stage=1, original_parameters=28032, **options)
+    for one, other in zip(whole.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_checkpoints_say_the_widths(tmp_path):
+    callbacks = [AdaptPruneCallback(0.8, at_steps=[2], calibration=batches(), steps=20)]
+    more = {"save_strategy": "steps", "save_steps": 2}
+    trainer = tiny_trainer(tmp_path, model=small(), callbacks=callbacks, **{**OPTIONS, **more})
+    trainer.train()
+    assert all((Path(tmp_path) / f"checkpoint-{step}" / "pruning.json").is_file() for step in (2, 4, 8))
+    loaded = load_pruned(tmp_path / "checkpoint-8", dtype=torch.float32)
+    for one, other in zip(trainer.model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_more_than_one_process_is_refused(tmp_path, monkeypatch):
+    for name, value, match in (
+        ("world_size", 2, "world size must be 1 with AdaptPruneCallback, got 2: DDP does not synchronise"),
+        ("fsdp", [FSDPOption.FULL_SHARD], "fsdp=.* shards the weights"),
+        ("deepspeed", {"zero_optimization": {"stage": 1}}, "deepspeed partitions what the callback cuts"),
+    ):
+        args = SimpleNamespace(**{"world_size": 1, "fsdp": [], "deepspeed": None, "fp16": False, name: value})
+        with pytest.raises(ValueError, match=match):
+            refuse_arguments(args)
+    for name, match in (("is_fsdp_enabled", "FSDP shards the weights"), ("is_deepspeed_enabled", "DeepSpeed shards")):
+
+        def make_trainer(model, stage, name=name):
+            trainer = tiny_trainer(tmp_path, model=model)
+            setattr(trainer, name, True)
+            return trainer
+
+        with pytest.raises(ValueError, match=match):
+            prune_and_train(small(), make_trainer, 0.8, stages=1, calibration=batches())
+
+
+def on_two_processes(folder):
+    """A wrapped model is refused; stages leave both processes with the same weights."""
+    model = small()
+    with pytest.raises(ValueError, match="wrapped in DistributedDataParallel"):
+        adapt_prune(torch.nn.parallel.DistributedDataParallel(model), 0.8, batches())
+
+    def make_trainer(model, stage):
+        trainer = tiny_trainer(folder / str(stage), model=model, **{**OPTIONS, "max_steps": 6})
+        with pytest.raises(ValueError, match="world size must be 1"):
+            trainer.add_callback(AdaptPruneCallback(0.5, stages=2)) or trainer.callback_handler.on_init_end(
+                trainer.args, trainer.state, trainer.control
+            )
+        trainer.remove_callback(AdaptPruneCallback)
+        return trainer
+
+    rank = torch.distributed.get_rank()
+    own = batches(seed=rank)  # other batches on each process: their scores differ, the cut must not
+    prune_and_train(model, make_trainer, 0.8, stages=2, calibration=own, steps=10)
+    torch.save(model.state_dict(), folder / f"{rank}.pt")
+
+
+def test_stages_on_two_processes(tmp_path):
+    run_processes(2, on_two_processes, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    assert sum(value.numel() for value in first.values()) <= int(0.8 * 28032)
