@@ -8,6 +8,7 @@ COMMANDS = {
     "run": "hf_stablespam.trainer.launcher.launch",
     "report": "hf_stablespam.monitor.report.build",
     "export": "hf_stablespam.trainer.export_command",
+    "repack": "hf_stablespam.trainer.repack_command",
 }
 
 

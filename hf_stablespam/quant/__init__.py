@@ -2,7 +2,16 @@
 
 from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.convert import convert_to_4bit, restore_linear
-from hf_stablespam.quant.export import export_4bit
+from hf_stablespam.quant.export import export_4bit, export_gguf, repack_gguf
 from hf_stablespam.quant.linear import FourBitLinear, fixed_weights
 
-__all__ = ["FourBitConfig", "FourBitLinear", "convert_to_4bit", "export_4bit", "fixed_weights", "restore_linear"]
+__all__ = [
+    "FourBitConfig",
+    "FourBitLinear",
+    "convert_to_4bit",
+    "export_4bit",
+    "export_gguf",
+    "fixed_weights",
+    "repack_gguf",
+    "restore_linear",
+]

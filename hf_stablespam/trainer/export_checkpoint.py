@@ -1,8 +1,9 @@
-"""A checkpoint of the Trainer → a packed 4-bit checkpoint."""
+"""A checkpoint of the Trainer → a file or folder for the engine that is to run it."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,15 @@ from typing import Any
 import torch
 import transformers
 
-from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit
+from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit, export_gguf
 from hf_stablespam.quant.convert import CONFIG_KEY
+from hf_stablespam.quant.export import export_unpacked
+from hf_stablespam.trainer.checkpoints import last_complete_checkpoint
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+TARGETS = ("compressed-tensors", "gguf", "unpacked")
 
 
 def export_checkpoint(
@@ -22,40 +28,76 @@ def export_checkpoint(
     output: str | os.PathLike[str],
     config: FourBitConfig | None = None,
     *,
+    to: str = "compressed-tensors",
     dtype: torch.dtype = torch.bfloat16,
     leave_unpackable: bool = False,
+    embedding: str = "q8_0",
+    overwrite: bool = False,
 ) -> None:
-    """Pack the weights of a checkpoint that was trained in 4 bits.
+    """Write the weights of a checkpoint that was trained in 4 bits in the format of an engine.
 
     How it was trained stands in the checkpoint's ``config.json``, where `convert_to_4bit` leaves a note. The weights
     there are ordinary high-precision ones; packing puts them on the grid that training used.
 
     Args:
-        checkpoint: folder written by the Trainer or by `save_pretrained`.
-        output: folder to write to; another than `checkpoint`.
+        checkpoint: folder written by the Trainer or by `save_pretrained`; of a run's output folder without a model of
+            its own, the last checkpoint.
+        output: folder to write to, another than `checkpoint`; for ``"gguf"`` a file.
         config: formats and which layers, instead of those noted in the checkpoint.
-        dtype: see `export_4bit`.
-        leave_unpackable: see `export_4bit`.
+        to: ``"compressed-tensors"`` (see `export_4bit`), ``"gguf"`` (see `export_gguf`) or ``"unpacked"``: an ordinary
+            checkpoint that holds the 4-bit numbers in float32, for other converters.
+        dtype: for ``"compressed-tensors"``, see `export_4bit`.
+        leave_unpackable: likewise.
+        embedding: for ``"gguf"``, see `export_gguf`.
+        overwrite: likewise.
 
     Raises:
         FileNotFoundError: the folder has no ``config.json``.
-        ValueError: the checkpoint has no note and no `config` was given, or `export_4bit` refuses the model.
+        ValueError: the checkpoint has no note and no `config` was given, or the model is refused by what writes it.
 
     Example:
         >>> export_checkpoint("runs/llama/checkpoint-500", "llama-4bit")  # doctest: +SKIP
+        >>> export_checkpoint("runs/llama/checkpoint-500", "llama.gguf", to="gguf")  # doctest: +SKIP
     """
-    folder, target = Path(checkpoint), Path(output)
-    if folder.resolve() == target.resolve():
-        raise ValueError(f"output must be another folder than the checkpoint, got {str(target)!r} for both")
+    if to not in TARGETS:
+        raise ValueError(f"to must be one of {', '.join(map(repr, TARGETS))}, got {to!r}")
+    if Path(checkpoint).resolve() == Path(output).resolve():
+        raise ValueError(f"output must be another folder than the checkpoint, got {str(output)!r} for both")
+    model, tokenizer = load_trained(checkpoint, config)
+    if to == "gguf":
+        export_gguf(model, output, tokenizer, embedding=embedding, overwrite=overwrite)
+    elif to == "unpacked":
+        export_unpacked(model, output, tokenizer)
+    else:
+        export_4bit(model, output, tokenizer, dtype=dtype, leave_unpackable=leave_unpackable)
+
+
+def load_trained(checkpoint: str | os.PathLike[str], config: FourBitConfig | None = None) -> tuple[Any, Any]:
+    """The model of a checkpoint with its 4-bit layers, and its tokenizer or None.
+
+    Args:
+        checkpoint: folder written by the Trainer or by `save_pretrained`.
+        config: instead of the one noted there; a checkpoint that has none is rounded now, which a warning says.
+
+    Raises:
+        FileNotFoundError: the folder has no ``config.json``.
+        ValueError: neither a note nor a `config`.
+    """
+    folder = _checkpoint_of(Path(checkpoint))
     written = _read_config(folder)
+    if config is not None and CONFIG_KEY not in written:
+        logger.warning(
+            "%s was not trained in 4 bits: its weights are rounded to %s now, which costs accuracy that training in 4"
+            " bits would have kept",
+            *(folder, config.weight),
+        )
     config = config or noted_config(folder)
     model = _model_class(written, folder).from_pretrained(folder, dtype=torch.float32)
     model = model.to(getattr(torch, written.get("dtype") or written.get("torch_dtype") or "float32"))
     tokenizer: Any = None
     if any((folder / name).exists() for name in TOKENIZER_FILES):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    convert_to_4bit(model, config)
-    export_4bit(model, target, tokenizer, dtype=dtype, leave_unpackable=leave_unpackable)
+    return convert_to_4bit(model, config), tokenizer
 
 
 def noted_config(checkpoint: str | os.PathLike[str]) -> FourBitConfig:
@@ -65,7 +107,7 @@ def noted_config(checkpoint: str | os.PathLike[str]) -> FourBitConfig:
         FileNotFoundError: the folder has no ``config.json``.
         ValueError: the checkpoint was not trained in 4 bits.
     """
-    note = _read_config(Path(checkpoint)).get(CONFIG_KEY)
+    note = _read_config(_checkpoint_of(Path(checkpoint))).get(CONFIG_KEY)
     if note is None:
         raise ValueError(
             f"{checkpoint} was not trained in 4 bits: its config.json has no {CONFIG_KEY!r}; train with"
@@ -74,9 +116,7 @@ def noted_config(checkpoint: str | os.PathLike[str]) -> FourBitConfig:
     return FourBitConfig.from_dict(note)
 
 
-def export_with(
-    checkpoint: str, output: str, changes: dict[str, Any], dtype: str = "bfloat16", leave_unpackable: bool = False
-) -> None:
+def export_with(checkpoint: str, output: str, changes: dict[str, Any], dtype: str = "bfloat16", **options: Any) -> None:
     """`export_checkpoint` with some options of the noted configuration changed: what the command line says.
 
     Args:
@@ -84,13 +124,20 @@ def export_with(
         output: see `export_checkpoint`.
         changes: fields of `FourBitConfig`; a checkpoint that was not trained in 4 bits is rounded to what they say.
         dtype: name of a dtype of torch.
-        leave_unpackable: see `export_4bit`.
+        options: the others of `export_checkpoint`.
     """
     config = None
     if changes:
-        has_note = CONFIG_KEY in _read_config(Path(checkpoint))
+        has_note = CONFIG_KEY in _read_config(_checkpoint_of(Path(checkpoint)))
         config = replace(noted_config(checkpoint) if has_note else FourBitConfig(activation=None), **changes)
-    export_checkpoint(checkpoint, output, config, dtype=getattr(torch, dtype), leave_unpackable=leave_unpackable)
+    export_checkpoint(checkpoint, output, config, dtype=getattr(torch, dtype), **options)
+
+
+def _checkpoint_of(folder: Path) -> Path:
+    """`folder`, or the last checkpoint in it where it holds no model itself."""
+    if any((folder / name).exists() for name in ("config.json", "adapter_config.json")) or not folder.is_dir():
+        return folder
+    return Path(last_complete_checkpoint(folder) or folder)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -14,16 +14,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from hf_stablespam.trainer.export_checkpoint import export_with  # here, because it imports torch and transformers
 
     changes = {name: getattr(parsed, name) for name in CONFIG_OPTIONS if getattr(parsed, name) is not None}
-    export_with(parsed.checkpoint, parsed.output, changes, parsed.dtype, parsed.leave_unpackable)
+    options = {name: getattr(parsed, name) for name in ("to", "leave_unpackable", "embedding", "overwrite")}
+    export_with(parsed.checkpoint, parsed.output, changes, parsed.dtype, **options)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-stablespam export",
-        description="Pack a checkpoint that was trained in 4 bits (compressed-tensors format).",
+        description="Write a checkpoint that was trained in 4 bits in the format of an engine.",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder written by the Trainer")
-    parser.add_argument("output", metavar="OUTPUT", help="folder to write the packed checkpoint to")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder written by the Trainer, or a run's")
+    parser.add_argument("output", metavar="OUTPUT", help="folder, or with --to gguf file, to write to")
+    targets = ("compressed-tensors", "gguf", "unpacked")
+    add_option(parser, "--to", choices=targets, metavar="FORMAT", default=targets[0], help=f"{', '.join(targets)}")
     add_option(
         parser, "--weight", metavar="FORMAT", help="int4, mxfp4, nvfp4, ..., instead of the one it was trained with"
     )
@@ -35,4 +38,14 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="store layers that cannot be packed unpacked, do not stop",
     )
+    add_gguf_options(parser)
     return parser
+
+
+def add_gguf_options(parser: argparse.ArgumentParser) -> None:
+    """What a GGUF file may be written with."""
+    types = ("q8_0", "f16", "f32")
+    add_option(
+        parser, "--embedding", metavar="TYPE", choices=types, default=types[0], help="gguf: type of embedding and head"
+    )
+    add_option(parser, "--overwrite", action="store_true", help="gguf: replace the output if it exists")

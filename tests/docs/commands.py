@@ -21,6 +21,7 @@ from hf_stablespam.__main__ import COMMANDS
 from hf_stablespam.__main__ import main as hf_stablespam_main
 from hf_stablespam.trainer.launcher import launch as launcher
 from tests.docs.pages import ROOT
+from tests.quant.export.gguf.models import write_float_gguf
 
 # A literal "..." on a page stands for the options of the block before; these are those that a script demands.
 DEMANDED = {"pretrain.py": ["--output_dir", "runs/x"], "trl": ["--model_name_or_path", "x", "--dataset_name", "y"]}
@@ -121,7 +122,9 @@ class Shell:
         assert rest == ["install"]
 
     def _python(self, rest: list[str]) -> None:
-        if rest[0] != "-m":
+        if rest[0] == "convert_hf_to_gguf.py":
+            self._convert_hf_to_gguf(rest[1:])
+        elif rest[0] != "-m":
             self._script(*rest)
         else:
             assert rest[1] == "hf_stablespam", rest
@@ -137,6 +140,28 @@ class Shell:
         with self._as_found():
             launcher._four_bit_options(options.four_bit or "int4", launcher._parser())
             self._script(options.script, *options.arguments, parse_only=parse_only, launched=own)
+
+    def _echo(self, rest: list[str]) -> None:
+        text, arrow, file = rest
+        assert arrow == ">"
+        Path(file).write_text(text + "\n")
+
+    def _llama_cli(self, rest: list[str]) -> None:
+        assert Path(rest[rest.index("-m") + 1]).read_bytes()[:4] == b"GGUF"
+
+    def _ollama(self, rest: list[str]) -> None:
+        if rest[0] == "create":
+            assert rest[2] == "-f"
+            source = Path(rest[3]).read_text().split("FROM ")[1].strip()
+            assert Path(source).read_bytes()[:4] == b"GGUF"
+        else:
+            assert rest[0] == "run"
+
+    def _convert_hf_to_gguf(self, rest: list[str]) -> None:
+        """llama.cpp's converter is on no registry; of what it writes, numbers in float16, `repack` needs no more."""
+        folder, *options = rest
+        assert options[::2] == ["--outtype", "--outfile"]
+        write_float_gguf(Path(folder), Path(options[3]))
 
     def _torchrun(self, rest: list[str]) -> None:
         from torch.distributed.run import parse_args

@@ -18,6 +18,7 @@ import hf_stablespam
 from hf_stablespam import GradientNormCallback
 from tests.docs.commands import Shell, accelerate_as_found, commands_of
 from tests.docs.pages import PAGES, ROOT, UnknownLanguageError, parsed
+from tests.quant.export.gguf.models import byte_level_tokenizer, tiny
 from tests.trainer.helpers import VOCABULARY, RandomTokens, arguments, tiny_llama
 
 WITH_BLOCKS = [page for page in PAGES if "```" in page.read_text()]
@@ -78,6 +79,18 @@ def a_saved_model() -> None:
     tiny_tokenizer().save_pretrained("path/to/model")
 
 
+def a_run_to_serve() -> None:
+    """A model in 4 bits, with a tokenizer that llama.cpp knows."""
+    config = hf_stablespam.FourBitConfig(weight="int4", activation=None, group_size=32)
+    args = arguments("run", max_steps=2)
+    callbacks = [hf_stablespam.FourBitCallback(config)]
+    trainer = Trainer(
+        tiny(), args, train_dataset=RandomTokens(), processing_class=byte_level_tokenizer(), callbacks=callbacks
+    )
+    trainer.train()
+    trainer.save_model()
+
+
 def a_script() -> None:
     shutil.copy(ROOT / "examples" / "plain_trainer.py", "train.py")
 
@@ -89,6 +102,7 @@ BEFORE = {
     "fine_tuning.md": a_saved_model,
     "model_card.md": a_four_bit_run,
     "report.md": two_runs,
+    "serving.md": a_run_to_serve,
     "rescue.md": a_run_of_adamw,
 }
 

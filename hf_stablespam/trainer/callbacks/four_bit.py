@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit
+from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit, export_gguf
 from hf_stablespam.quant.export.checks import check_packable
+from hf_stablespam.quant.export.gguf.checks import check_gguf
 
 
 class FourBitCallback(TrainerCallback):
@@ -21,7 +22,8 @@ class FourBitCallback(TrainerCallback):
     Args:
         config: formats and which layers; default `FourBitConfig()`.
         export: write a packed 4-bit checkpoint when training ends: True for the folder ``4bit`` in `output_dir`, or
-            the folder to write to. What cannot be packed is an error before training.
+            the folder to write to; ``"gguf"`` for the file ``model.gguf`` in `output_dir`, or a file that ends in
+            ``.gguf``. What cannot be packed is an error before training. What an earlier run wrote is replaced.
         leave_unpackable: with `export`: store layers whose rows the group does not divide unpacked instead of raising.
 
     Raises:
@@ -52,7 +54,9 @@ class FourBitCallback(TrainerCallback):
     ) -> None:
         if model is not None:
             convert_to_4bit(model, self.config)
-            if self.export:
+            if self._gguf_file(args):
+                check_gguf(model, others.get("processing_class"))
+            elif self.export:
                 check_packable(model, leave_unpackable=self.leave_unpackable)
 
     def on_train_begin(
@@ -71,6 +75,10 @@ class FourBitCallback(TrainerCallback):
     ) -> None:
         if not self.export:
             return
+        if file := self._gguf_file(args):
+            main = state.is_world_process_zero
+            export_gguf(model, file, processing_class, overwrite=True, is_main_process=main)
+            return
         directory = Path(str(args.output_dir), "4bit") if self.export is True else Path(self.export)
         export_4bit(
             model,
@@ -79,3 +87,10 @@ class FourBitCallback(TrainerCallback):
             leave_unpackable=self.leave_unpackable,
             is_main_process=state.is_world_process_zero,
         )
+
+    def _gguf_file(self, args: TrainingArguments) -> Path | None:
+        """The GGUF file to write, if `export` asks for one."""
+        if self.export == "gguf":
+            return Path(str(args.output_dir), "model.gguf")
+        is_file = not isinstance(self.export, bool) and Path(self.export).suffix == ".gguf"
+        return Path(self.export) if is_file else None  # type: ignore[arg-type]

@@ -156,3 +156,54 @@ def test_what_cannot_be_exported_is_refused_before_training(tmp_path: Path) -> N
             train_dataset=Data(),
             callbacks=[FourBitCallback(FourBitConfig(group_size=32), export=True)],
         )
+
+
+def gguf_trainer(tmp_path: Path, export: str, model: object = None, config: FourBitConfig | None = None) -> Trainer:
+    from tests.quant.export.gguf.models import byte_level_tokenizer
+    from tests.quant.export.gguf.models import tiny as model_with_vocabulary
+
+    return Trainer(
+        model or model_with_vocabulary(),
+        arguments(tmp_path, save=True),
+        train_dataset=Data(),
+        processing_class=byte_level_tokenizer(),
+        callbacks=[FourBitCallback(config or FourBitConfig("int4", None, group_size=32), export=export)],
+    )
+
+
+@pytest.mark.parametrize("export", ["gguf", "other/name.gguf"])
+def test_the_callback_writes_a_gguf_file_and_the_command_writes_the_same(tmp_path, export, monkeypatch) -> None:
+    gguf = pytest.importorskip("gguf", reason="GGUF files need it; install the extra 'gguf'")
+    monkeypatch.chdir(tmp_path)
+    gguf_trainer(tmp_path / "run", export).train()
+    file = Path("run/model.gguf" if export == "gguf" else export)
+    export_main(["--to", "gguf", "run", "later.gguf"])  # from the run's last checkpoint
+    first, second = (gguf.GGUFReader(path) for path in (file, "later.gguf"))
+    assert len(first.tensors) == len(second.tensors) > 14
+    for one, other in zip(first.tensors, second.tensors, strict=True):
+        assert one.name == other.name
+        assert (one.data == other.data).all(), one.name
+    with pytest.raises(FileExistsError, match=r"later.gguf exists; .*--overwrite"):
+        export_main(["--to", "gguf", "run", "later.gguf"])
+    export_main(["--to", "gguf", "run", "later.gguf", "--overwrite", "--embedding", "f16"])
+
+
+def test_what_gguf_cannot_hold_is_an_error_before_training(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="GGUF files need it; install the extra 'gguf'")
+    with pytest.raises(ValueError, match=r"group_size must be a multiple of 32"):
+        gguf_trainer(tmp_path, "gguf", config=FourBitConfig("int4", None, group_size=16))
+    with pytest.raises(ValueError, match=r"has 320 tokens, the embedding only 64 rows"):
+        gguf_trainer(tmp_path, "gguf", model=tiny(), config=FourBitConfig("mxfp4", None, target_modules="gate_proj"))
+
+
+def test_weights_rounded_on_request_are_said_to_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("gguf", reason="GGUF files need it; install the extra 'gguf'")
+    from tests.quant.export.gguf.models import tiny as model_with_vocabulary
+
+    model_with_vocabulary().save_pretrained(tmp_path / "plain", max_shard_size="300KB")
+    with pytest.raises(ValueError, match=r"was not trained in 4 bits: .* \(--weight int4\)"):
+        export_main(["--to", "gguf", str(tmp_path / "plain"), str(tmp_path / "out.gguf")])
+    export_main(["--to", "gguf", str(tmp_path / "plain"), str(tmp_path / "out.gguf"), "--weight", "int4"])
+    assert "was not trained in 4 bits: its weights are rounded to int4 now" in caplog.text
+    assert (tmp_path / "plain" / "model.safetensors.index.json").exists()  # a sharded checkpoint
+    assert (tmp_path / "out.gguf").exists()

@@ -1,0 +1,135 @@
+"""What must hold before a model can be written as GGUF, and what to do where it does not."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from hf_stablespam.quant.config import FourBitConfig
+from hf_stablespam.quant.export.checks import four_bit_layers
+from hf_stablespam.quant.export.gguf.architectures import architecture_of
+from hf_stablespam.quant.export.gguf.blocks import BLOCK_SIZE, TYPES
+from hf_stablespam.quant.export.gguf.tokenizer import read_vocabulary
+from hf_stablespam.quant.formats import ScaleKind, get_format
+from hf_stablespam.quant.linear import FourBitLinear
+
+EMBEDDING_TYPES = ("q8_0", "f16", "f32")
+
+
+def check_gguf_package() -> None:
+    """Raise unless the package gguf is there, and knows the types that are written."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError("GGUF files need the package gguf; install it with: pip install 'hf_stablespam[gguf]'")
+    from gguf import GGMLQuantizationType
+
+    missing = [name for name in BLOCK_SIZE if not hasattr(GGMLQuantizationType, name)]
+    if missing:
+        raise ImportError(
+            f"the package gguf must know {', '.join(missing)}, an older one is installed; upgrade it with:"
+            " pip install 'hf_stablespam[gguf]'"
+        )
+
+
+def check_gguf(model: nn.Module, processing_class: Any = None) -> FourBitConfig:
+    """Raise about what of `model` cannot be written as GGUF; return its layers' configuration.
+
+    Everything is known before training, so that nobody trains for days and then cannot export.
+
+    Raises:
+        ImportError, ValueError: see `export_gguf`.
+    """
+    check_gguf_package()
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "a PEFT model cannot be written as GGUF; merge the adapter first: model = model.merge_and_unload()"
+        )
+    check_no_experts(model)
+    layers = four_bit_layers(model)
+    if not layers:
+        raise ValueError("the model is not converted to 4 bits; call convert_to_4bit(model, config) first")
+    config = next(iter(layers.values())).four_bit
+    check_format(config)
+    architecture = architecture_of(model)
+    if config.weight == "nvfp4" and not architecture.tensor_scales:
+        raise ValueError(
+            f"weight='nvfp4' cannot be written for llama.cpp's {architecture.name!r}, which leaves out the scale of the"
+            " whole tensor; train with weight='mxfp4' or 'int4', or export with export_4bit"
+        )
+    _check_ties(model, layers)
+    _check_rows(layers, config)
+    if processing_class is not None:
+        read_vocabulary(processing_class, input_embedding(model).shape[0])
+    return config
+
+
+def input_embedding(model: Any) -> Any:
+    """The matrix (tokens, hidden) that tokens are looked up in."""
+    return model.get_input_embeddings().weight
+
+
+def check_format(config: FourBitConfig) -> None:
+    """Raise unless ggml has a type for the weights of `config`."""
+    known = ", ".join(map(repr, TYPES))
+    if config.weight not in TYPES:
+        reason = (
+            ": ggml's Q4_1 rounds the product of scale and zero point to float16, which changes 1 of 70 weights"
+            if config.weight == "int4_asym"
+            else ""
+        )
+        raise ValueError(f"weight={config.weight!r} has no exact form in GGUF{reason}; train with one of {known}")
+    if config.weight_outliers:
+        raise ValueError(
+            f"weight_outliers={config.weight_outliers}: outliers kept in high precision have no form in GGUF; train"
+            " with weight_outliers=0 (outliers of activations are no obstacle)"
+        )
+    if config.hadamard == "all":
+        raise ValueError(
+            "hadamard='all': llama.cpp does not transform what it multiplies by the weights; train with"
+            " hadamard='weight_grad' or None"
+        )
+    format = get_format(config.weight)
+    if format.scale is ScaleKind.REAL and config.scale_dtype == "float32":
+        raise ValueError(
+            "scale_dtype='float32': ggml stores scales in float16, which would change the trained weights; train with"
+            " scale_dtype='bfloat16' or 'float16'"
+        )
+
+
+def check_no_experts(model: nn.Module) -> None:
+    """Raise if `model` has weights of several experts in one tensor."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3 and "expert" in name:
+            raise ValueError(
+                f"{name} holds the weights of {parameter.shape[0]} experts, which are not written as GGUF; export"
+                " another model, or this one with export_4bit"
+            )
+
+
+def _check_rows(layers: Mapping[str, FourBitLinear], config: FourBitConfig) -> None:
+    assert config.weight is not None  # check_format
+    size = BLOCK_SIZE[TYPES[config.weight]]
+    group = get_format(config.weight).block or config.group_size
+    for name, layer in layers.items():
+        if layer.in_features % size:
+            raise ValueError(
+                f"{name} has {layer.in_features} inputs, which blocks of {size} ({TYPES[config.weight]}) do not divide;"
+                " name it in modules_to_not_convert before training"
+            )
+        if config.weight not in ("mxfp4", "nvfp4") and group % size and group < layer.in_features:
+            raise ValueError(
+                f"group_size must be a multiple of {size} to be written as GGUF, got {group}; train with group_size=32"
+            )
+
+
+def _check_ties(model: nn.Module, layers: Mapping[str, FourBitLinear]) -> None:
+    packed = {id(layer.weight): name for name, layer in layers.items()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = packed.get(id(parameter))
+        if owner is not None and name != f"{owner}.weight":
+            raise ValueError(
+                f"{owner}.weight and {name} are one tensor, which the file holds once, in high precision; name"
+                f" {owner!r} in modules_to_not_convert before training"
+            )

@@ -1,0 +1,111 @@
+"""A model trained in 4 bits → a GGUF file for llama.cpp, with the codes and scales that training used."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_stablespam._announce import announce
+from hf_stablespam.quant.config import FourBitConfig
+from hf_stablespam.quant.export.checks import check_finite
+from hf_stablespam.quant.export.gguf.architectures import Architecture, add_metadata, architecture_of
+from hf_stablespam.quant.export.gguf.blocks import TYPES
+from hf_stablespam.quant.export.gguf.checks import EMBEDDING_TYPES, check_gguf, input_embedding
+from hf_stablespam.quant.export.gguf.tensors import tensor_plans
+from hf_stablespam.quant.export.gguf.tokenizer import Vocabulary, add_vocabulary, read_vocabulary
+from hf_stablespam.quant.export.gguf.writer import check_absent, verify_tensors, write_tensors, written_whole
+
+logger = logging.getLogger(__name__)
+
+FILE_TYPES = {"Q4_0": "MOSTLY_Q4_0", "MXFP4": "MOSTLY_MXFP4_MOE", "NVFP4": "MOSTLY_NVFP4"}
+# Key of the file's metadata under which the 4-bit configuration stands, as in a checkpoint's config.json.
+CONFIG_KEY = "four_bit_training.config"
+
+
+def export_gguf(
+    model: nn.Module,
+    file: str | os.PathLike[str],
+    processing_class: Any = None,
+    *,
+    embedding: str = "q8_0",
+    overwrite: bool = False,
+    is_main_process: bool = True,
+) -> None:
+    """Write the 4-bit weights of a trained model as a GGUF file, bit for bit those of the forward pass in training.
+
+    ``int4`` and the ``fp4_e1m2`` formats become Q4_0, ``mxfp4`` MXFP4 and ``nvfp4`` NVFP4; norms, biases and layers
+    that were left alone stay float32 (matrices in bfloat16 stay bfloat16). Every packed tensor is read back and
+    compared before the file gets its name.
+
+    Args:
+        model: a transformers model converted by `convert_to_4bit`, of a class in
+            `hf_stablespam.quant.export.gguf.architectures.ARCHITECTURES`; it is not changed. `repack_gguf` serves all
+            other classes.
+        file: what to write.
+        processing_class: the tokenizer, or a processor that has one; None writes none, and llama.cpp then takes and
+            gives ids of tokens only.
+        embedding: type of the embedding and of a head that is not 4-bit: ``"q8_0"``, ``"f16"`` or ``"f32"``.
+        overwrite: replace a file of that name.
+        is_main_process: False on the other processes of a distributed run, which take part but write nothing.
+
+    Raises:
+        ImportError: the package gguf is not installed.
+        FileExistsError: the file exists.
+        ValueError: the model is not converted, a weight is not finite, or something has no exact form in GGUF; the
+            message says what to change.
+        RuntimeError: a tensor that was read back is not what training used; no file is left.
+
+    Example:
+        >>> export_gguf(model, "llama-q4_0.gguf", tokenizer)  # doctest: +SKIP
+    """
+    if embedding not in EMBEDDING_TYPES:
+        names = ", ".join(map(repr, EMBEDDING_TYPES))
+        raise ValueError(f"embedding must be one of {names}, got {embedding!r}; 'q8_0' is the default")
+    file = Path(file)
+    if is_main_process:
+        check_absent(file, overwrite)
+    config = check_gguf(model, processing_class)
+    check_finite(dict(model.named_parameters()))
+    if processing_class is None and is_main_process:
+        logger.warning(
+            "no tokenizer was given: %s will have no vocabulary and no chat template, so that llama.cpp can only work"
+            " on ids of tokens; pass the tokenizer as processing_class",
+            file,
+        )
+    architecture = architecture_of(model)
+    plans = tensor_plans(model, architecture, embedding)
+    if not is_main_process:
+        for plan in [*plans, *plans]:  # gathers the shards for the main process: once to write, once to verify
+            plan.data()
+        return
+    vocabulary = None
+    if processing_class is not None:
+        vocabulary = read_vocabulary(processing_class, input_embedding(model).shape[0])
+    metadata = partial(_add_all_metadata, model, architecture, config, vocabulary)
+    with written_whole(file) as path:
+        write_tensors(path, architecture.name, metadata, plans)
+        verify_tensors(path, plans)
+    packed = sum(plan.type in FILE_TYPES for plan in plans)
+    announce(logger, "exported %d packed and %d other tensors to %s", packed, len(plans) - packed, file)
+
+
+def _add_all_metadata(
+    model: nn.Module, architecture: Architecture, config: FourBitConfig, vocabulary: Vocabulary | None, writer: Any
+) -> None:
+    import gguf
+
+    assert config.weight is not None
+    writer.add_type("model")
+    if name := getattr(model.config, "_name_or_path", ""):  # type: ignore[union-attr]
+        writer.add_name(Path(name).name)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[TYPES[config.weight]]])
+    writer.add_string(CONFIG_KEY, json.dumps(config.to_dict()))
+    add_metadata(writer, model, architecture)
+    add_vocabulary(writer, vocabulary)

@@ -1,0 +1,77 @@
+"""A model trained in 4 bits → an ordinary checkpoint that holds the 4-bit numbers as floats, for other converters."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_stablespam._sharded import full
+from hf_stablespam.quant.export.checks import check_finite, four_bit_layers
+from hf_stablespam.quant.linear import FourBitLinear
+from hf_stablespam.quant.quantizer import quantize
+
+
+def grid_weight(layer: FourBitLinear) -> Tensor:
+    """The layer's weight on its grid, code times scale in float32: before it is rounded to the weight's own dtype."""
+    weight = full(layer.weight)
+    if layer.recipe.weight is None:
+        return weight.detach().float()
+    with torch.no_grad():
+        return quantize(weight, layer.recipe.weight, layer.shared_amax()).consume().float()
+
+
+def export_unpacked(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    processing_class: Any = None,
+    *,
+    is_main_process: bool = True,
+) -> None:
+    """Write a checkpoint whose 4-bit layers hold the numbers of their grids, as float32.
+
+    For converters that know the model's architecture and not our formats: llama.cpp's ``convert_hf_to_gguf.py``, whose
+    file `repack_gguf` packs without loss. bfloat16 could not hold the product of a code and its scale.
+
+    Args:
+        model: a transformers model converted by `convert_to_4bit`; it is not changed.
+        directory: where to write.
+        processing_class: tokenizer or processor to save beside it.
+        is_main_process: False on the other processes of a distributed run, which take part but write nothing.
+
+    Raises:
+        ValueError: the model is not converted, an adapter is not merged, weights are transformed (``hadamard="all"``),
+            or a weight is not finite.
+    """
+    layers = four_bit_layers(model)
+    if hasattr(model, "peft_config"):
+        raise ValueError("a PEFT model holds two weights where one is exported; merge it first: merge_and_unload()")
+    if not layers:
+        raise ValueError("the model is not converted to 4 bits; call convert_to_4bit(model, config) first")
+    if next(iter(layers.values())).four_bit.hadamard == "all":
+        raise ValueError(
+            "hadamard='all': the 4-bit numbers are those of transformed weights, which no other code multiplies by"
+            " transformed inputs; train with hadamard='weight_grad' or None"
+        )
+    tensors, seen = {}, {}
+    for name, tensor in model.state_dict().items():
+        tensor = full(tensor)
+        key = (tensor.data_ptr(), tensor.shape)  # tied tensors stay tied
+        if key not in seen or not tensor.numel():
+            seen[key] = tensor.float() if tensor.is_floating_point() else tensor
+        tensors[name] = seen[key]
+    tensors.update({f"{name}.weight" if name else "weight": grid_weight(layer) for name, layer in layers.items()})
+    check_finite(tensors)
+    if not is_main_process:
+        return
+    model.save_pretrained(directory, state_dict=tensors)  # type: ignore[operator]
+    path = Path(directory, "config.json")
+    written = json.loads(path.read_text())
+    written["torch_dtype" if "torch_dtype" in written else "dtype"] = "float32"
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+    if processing_class is not None:
+        processing_class.save_pretrained(directory)
