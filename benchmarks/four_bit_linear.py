@@ -5,11 +5,12 @@
     python benchmarks/four_bit_linear.py --device cuda --dtype bfloat16 --tokens 8192 --sizes 1024 4096 --fused
 
 One round is an optimizer step of `accumulate` forward and backward passes. The layers take turns; p20 and p50 of a
-round are given, per micro-batch, and their ratios to `nn.Linear`. The quality columns are signal-to-noise ratios in
-dB (higher is better), against the products of unquantized operands: of the output, of the input's gradient and of the
-weight's gradient, on normal numbers. On a busy machine `--clock cpu --threads 1` counts the processor's seconds
-instead of the wall clock's. fouroversix is measured where it is installed; its backward pass needs CUDA, so that on a
-CPU its row is the forward pass alone, to be read beside the column forward_ms.
+round are given, per micro-batch, and their ratios to `nn.Linear`; forward_ms is a forward pass, forward_kept_ms one
+that finds its weight rounded (`fixed_weights`). The quality columns are signal-to-noise ratios in dB (higher is
+better), against the products of unquantized operands: of the output, of the input's gradient and of the weight's
+gradient, on normal numbers. On a busy machine `--clock cpu --threads 1` counts the processor's seconds instead of the
+wall clock's. fouroversix is measured where it is installed; its backward pass needs CUDA, so that on a CPU its row is
+the forward pass alone, to be read beside the column forward_ms.
 """
 
 from __future__ import annotations
@@ -55,6 +56,15 @@ class Contestant:
 
     def forward(self) -> Tensor:
         return self.layer(self.x)
+
+    def forward_kept(self) -> Tensor:
+        """A forward pass with the weight that an earlier one rounded, as in a `fixed_weights` block."""
+        if isinstance(self.layer, FourBitLinear) and self.layer.recipe.weight is not None:
+            self.layer._fixed = 1
+        try:
+            return self.forward()
+        finally:
+            self.layer._fixed = 0  # `_kept` stays
 
     def round(self) -> None:
         self.x.grad = None
@@ -112,7 +122,7 @@ def layers(size: int, arguments: argparse.Namespace) -> dict[str, tuple[nn.Modul
 
 def _torchao(base: nn.Linear) -> dict[str, tuple[nn.Module, bool]]:
     """Its layer for quantization-aware training; those for NVFP4 and MXFP4 need a Blackwell GPU."""
-    if importlib.util.find_spec("torchao") is None:
+    if importlib.util.find_spec("torchao") is None or base.in_features % 128:
         return {}
     from torchao.quantization.qat import IntxFakeQuantizeConfig
     from torchao.quantization.qat.linear import FakeQuantizedLinear
@@ -157,7 +167,9 @@ def measure(size: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for name, (layer, backward) in layers(size, arguments).items()
     }
     seconds = timed({name: one.round for name, one in contestants.items()}, arguments.repeats, arguments.clock)
-    forward = timed({name: one.forward for name, one in contestants.items()}, arguments.repeats, arguments.clock)
+    passes = {name: one.forward for name, one in contestants.items()}
+    passes |= {f"{name} kept": one.forward_kept for name, one in contestants.items()}
+    forward = timed(passes, arguments.repeats, arguments.clock)
     rows = []
     for name, values in seconds.items():
         both = contestants[name].backward
@@ -171,6 +183,7 @@ def measure(size: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 "p20_to_linear": round(low / quantile(seconds[BASE], 0.2), 3) if both else "",
                 "p50_to_linear": round(middle / quantile(seconds[BASE], 0.5), 3) if both else "",
                 "forward_ms": round(quantile(forward[name], 0.2) * 1e3, 2),
+                "forward_kept_ms": round(quantile(forward[f"{name} kept"], 0.2) * 1e3, 2),
                 "output_db": "",
                 "input_grad_db": "",
                 "weight_grad_db": "",
@@ -201,8 +214,9 @@ def main() -> None:
         rows = measure(size, arguments)
         for row in rows:
             ratio = f"x{row['p20_to_linear']} (p50 x{row['p50_to_linear']})"
+            ratio += f"forward {row['forward_ms']} ms ({row['forward_kept_ms']})"
             quality = f"{row['output_db']} / {row['input_grad_db']} / {row['weight_grad_db']} dB"
-            print(f"{size:>5} {row['layer']:32s} {row['p20_ms']!s:>8} ms  {ratio:24s} {quality}")
+            print(f"{size:>5} {row['layer']:32s} {row['p20_ms']!s:>8} ms  {ratio:50s} {quality}")
         if not arguments.dry_run:
             append_rows("four_bit_linear", rows)
 

@@ -1,4 +1,4 @@
-"""Rounding numbers to the codes of a 4-bit grid."""
+"""Rounding numbers to the codes of a 4-bit grid, and scales to the type that stores them."""
 
 from __future__ import annotations
 
@@ -39,3 +39,31 @@ def round_to_codes(x: Tensor, format: Format, stochastic: bool = False) -> Tenso
     else:
         x = x.round_()
     return x if step is None else x.mul_(step)
+
+
+# Bits of mantissa that are stored, and integers to see the bits of a number through.
+MANTISSA_BITS = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
+BITS = {torch.float64: torch.int64, torch.float32: torch.int32}
+
+
+def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` rounded to the nearest number of `dtype`, ties to even, but in its own dtype.
+
+    On the bits, because a compiler may leave out a cast there and back: inductor does, on purpose.
+
+    Args:
+        x: float32 or float64 numbers, zero or in the range of normal numbers of `dtype`; larger ones become infinite.
+        dtype: a floating-point type.
+
+    Example:
+        >>> round_to(torch.tensor([1.001, 1.005]), torch.bfloat16)
+        tensor([1.0000, 1.0078])
+    """
+    cut = MANTISSA_BITS[x.dtype] - MANTISSA_BITS[dtype]
+    if cut <= 0:
+        return x
+    bits = x.contiguous().view(BITS[x.dtype])
+    bits = (bits + ((1 << (cut - 1)) - 1) + ((bits >> cut) & 1)) & -(1 << cut)
+    rounded = bits.view(x.dtype)
+    rounded = torch.where(rounded.abs() > torch.finfo(dtype).max, rounded * torch.inf, rounded)
+    return torch.where(x.isnan(), x, rounded)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_stablespam.quant.rounding import round_to
+
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 E4M3_SMALLEST_NORMAL = 2.0**-6
@@ -38,7 +40,7 @@ def round_scale(scale: Tensor, dtype: torch.dtype | None, smallest: float = 0.0)
     if dtype is None:
         return scale.clamp_min(max(smallest, SMALLEST))
     floor = max(smallest, torch.finfo(dtype).tiny)
-    return scale.clamp_min(floor).to(dtype).to(scale.dtype)
+    return round_to(scale.clamp_min(floor), dtype)
 
 
 def power_of_two_scale(amax: Tensor, rule: str) -> Tensor:
@@ -66,12 +68,34 @@ def power_of_two_scale(amax: Tensor, rule: str) -> Tensor:
 def tensor_scale(amax: Tensor, four_over_six: bool = False) -> Tensor:
     """NVFP4's scale of the whole tensor: maps its largest magnitude to 6 times the largest FP8 number.
 
+    It is one that a checkpoint can hold, see `readable_scale`.
+
     Args:
         amax: largest magnitude of the tensor, a scalar.
         four_over_six: leave room for blocks whose maximum is mapped to 4.
     """
     largest = E4M3_MAX_FOUR_OVER_SIX if four_over_six else E4M3_MAX
-    return (amax.float() / (largest * 6.0)).clamp_min(SMALLEST_TENSOR_SCALE)
+    return readable_scale((amax.float() / (largest * 6.0)).clamp_min(SMALLEST_TENSOR_SCALE))
+
+
+def readable_scale(whole: Tensor) -> Tensor:
+    """`whole`, or a number within 0.05 % of it, whose rounded inverse gives a reader the same bfloat16 weights.
+
+    Checkpoints store NVFP4's tensor scale as a multiplier m = 1 / whole. Training computes code · (whole · scale), a
+    reader code · (scale / m), and the two may fall on either side of the middle of two bfloat16 numbers: for 14 of
+    1000 maxima that are bfloat16 numbers. Such a scale is replaced by the nearest one of 12 significant bits of which
+    the last is set: products with codes and block scales then lie at least 2^-18 of their size from every such middle.
+
+    Args:
+        whole: float32 scale, 0-dimensional.
+    """
+    # The odd parts of all codes and of all E4M3 numbers; powers of two round nothing.
+    codes = torch.arange(1.0, 4.0, 2.0, device=whole.device).unsqueeze(1)
+    scales = torch.arange(1.0, 16.0, 2.0, device=whole.device)
+    trained, read = codes * (whole * scales), codes * (scales / (1.0 / whole))
+    same = (round_to(trained, torch.bfloat16) == round_to(read, torch.bfloat16)).all()
+    odd = ((whole.view(torch.int32) & -0x1000) | 0x1000).view(torch.float32)
+    return torch.where(same, whole, odd)
 
 
 def e4m3_scale(amax: Tensor, scale: Tensor, anchor: float) -> Tensor:

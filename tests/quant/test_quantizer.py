@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.formats import FORMATS, ScaleKind
 from hf_stablespam.quant.quantizer import Quantizer, quantize
+from hf_stablespam.quant.rounding import round_to
 from tests.reference.quantize import E2M1, quantize_rows
 
 GOLDEN = load_file(Path(__file__).parents[1] / "data" / "quantizers.safetensors")
@@ -139,3 +140,17 @@ def test_outliers_are_kept_and_do_not_enter_the_scale() -> None:
     plain[:, [7, 40]] = 0
     rest = [i for i in range(64) if i not in (7, 40)]
     assert torch.equal(result[:, rest], Quantizer(FORMATS["int4"], group_size=64)(plain)[:, rest])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("source", [torch.float32, torch.float64])
+def test_rounding_on_the_bits_is_that_of_a_cast(source: torch.dtype, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    info = torch.finfo(dtype)
+    random = torch.randn(4000) * 10.0 ** torch.randint(-4, 5, (4000,))
+    random = random[random.abs() > info.tiny].to(source)  # torch casts float64 by way of float32
+    ties = torch.arange(1, 64, dtype=source) / 64 * info.eps + 1  # among them the middle of two numbers
+    edges = torch.tensor([0.0, -0.0, info.tiny, info.max, -info.max, torch.inf, -torch.inf, torch.nan], dtype=source)
+    beyond = torch.tensor([1.0001 * info.max, -2.0 * info.max], dtype=torch.float64).to(source)
+    for x in (random, ties, edges, beyond):
+        assert torch.equal(round_to(x, dtype).nan_to_num(nan=1.5), x.to(dtype).to(source).nan_to_num(nan=1.5))

@@ -79,7 +79,8 @@ from transformers.training_args import OptimizerNames
 from transformers.trainer_callback import CallbackHandler
 
 def classes():
-    owners = (transformers.Trainer, CallbackHandler, accelerate.Accelerator, transformers.TrainerCallback)
+    owners = (transformers.Trainer, CallbackHandler, accelerate.Accelerator, transformers.TrainerCallback,
+              transformers.GenerationMixin)
     return [{name: inspect.getattr_static(owner, name) for name in dir(owner)} for owner in owners]
 
 def names():
@@ -91,6 +92,7 @@ from hf_stablespam.trainer.launcher.attach import LaunchOptions, attach_callback
 from hf_stablespam.trainer.patching import patched
 assert (classes(), names()) != before
 hf_stablespam.GradientNormCallback(), hf_stablespam.MomentumResetCallback(every=5), hf_stablespam.SpikeRecorder()
+hf_stablespam.FourBitCallback()
 attach_callbacks(LaunchOptions())
 print(patched())
 hf_stablespam.unregister()

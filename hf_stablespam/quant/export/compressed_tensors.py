@@ -22,7 +22,7 @@ from hf_stablespam.quant.export.checks import (
     four_bit_layers,
     unpackable,
 )
-from hf_stablespam.quant.export.packing import compressed_tensors_scheme, pack_weight, stored_multiplier
+from hf_stablespam.quant.export.packing import compressed_tensors_scheme, pack_weight
 from hf_stablespam.quant.linear import FourBitLinear
 from hf_stablespam.quant.scales import tensor_scale
 
@@ -87,7 +87,7 @@ def export_4bit(
             del tensors[f"{prefix}weight"]
             packed = pack_weight(full(layer.weight), quantizer, layer.shared_amax(), scheme)
             if name in amax:
-                packed["input_global_scale"] = stored_multiplier(tensor_scale(amax[name])).reshape(1)
+                packed["input_global_scale"] = (1.0 / tensor_scale(amax[name])).reshape(1)
             tensors.update({f"{prefix}{key}": value.contiguous() for key, value in packed.items()})
     if is_main_process:
         _save(model, Path(directory), tensors, _quantization_config(model, scheme, unpacked), dtype)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from hf_stablespam.quant.formats import ScaleKind
 from hf_stablespam.quant.quantizer import Quantizer, quantize
-from hf_stablespam.quant.scales import E4M3
 
 # Group sizes that vLLM's fast INT4 kernels know, besides whole rows.
 KERNEL_GROUPS = (32, 64, 128)
@@ -60,7 +59,7 @@ def pack_weight(weight: Tensor, quantizer: Quantizer, amax: Tensor | None, schem
     tensors = {"weight": parts.dequantize().float()}
     if block_scale is not None and whole is not None:
         tensors["weight_scale"] = block_scale.squeeze(-1)
-        tensors["weight_global_scale"] = stored_multiplier(whole).reshape(1)
+        tensors["weight_global_scale"] = (1.0 / whole).reshape(1)  # readers divide by it, see `readable_scale`
     elif quantizer.format.scale is ScaleKind.REAL and quantizer.scale_dtype is not None:
         tensors["weight_scale"] = scale.squeeze(-1).to(quantizer.scale_dtype)
     else:
@@ -68,29 +67,6 @@ def pack_weight(weight: Tensor, quantizer: Quantizer, amax: Tensor | None, schem
     if zero is not None:
         tensors["weight_zero_point"] = (zero.squeeze(-1) + LOWEST_CODE).to(torch.int8)
     return BaseCompressor.get_value_from_registry(scheme.format).compress(tensors, scheme)
-
-
-def stored_multiplier(whole: Tensor) -> Tensor:
-    """NVFP4's global scale as checkpoints store it: the inverse of `tensor_scale`.
-
-    A reader divides by it where training multiplied, which may differ in the last bit of float32; in one tensor of
-    twenty thousand a bfloat16 weight then rounds differently. Such a multiplier is moved to its neighbour.
-
-    Raises:
-        RuntimeError: no number near the inverse gives the same bfloat16 weights.
-    """
-    stored = torch.arange(8, 127, dtype=torch.uint8, device=whole.device).view(E4M3).float()  # all normal scales
-    codes = torch.tensor([0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=whole.device).unsqueeze(1)
-    trained = (codes * (whole * stored)).bfloat16()
-    inverse = (1.0 / whole).reshape(())
-    for distance in (0, 1, -1, 2, -2, 3, -3, 4, -4):
-        multiplier = (inverse.view(torch.int32) + distance).view(torch.float32)
-        if torch.equal((codes * (stored / multiplier)).bfloat16(), trained):
-            return multiplier
-    raise RuntimeError(
-        f"no multiplier near {float(inverse):.9g} reproduces the trained NVFP4 weights in bfloat16; train one more"
-        " step, so that the largest weight changes, and export again"
-    )
 
 
 def fitting_groups(width: int) -> list[int]:

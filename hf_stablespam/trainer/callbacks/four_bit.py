@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import GenerationMixin, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit, export_gguf
+from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit, export_gguf, fixed_weights
 from hf_stablespam.quant.export.checks import check_packable
 from hf_stablespam.quant.export.gguf.checks import check_gguf
+from hf_stablespam.trainer.patching import patch
 
 
 class FourBitCallback(TrainerCallback):
@@ -48,6 +50,9 @@ class FourBitCallback(TrainerCallback):
         self.config = config or FourBitConfig()
         self.export = export
         self.leave_unpackable = leave_unpackable
+        patch(
+            GenerationMixin, "generate", _with_fixed_weights
+        )  # for Trainers that generate: GRPO, sequence to sequence
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
@@ -94,3 +99,13 @@ class FourBitCallback(TrainerCallback):
             return Path(str(args.output_dir), "model.gguf")
         is_file = not isinstance(self.export, bool) and Path(self.export).suffix == ".gguf"
         return Path(self.export) if is_file else None  # type: ignore[arg-type]
+
+
+def _with_fixed_weights(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """`generate`, rounding the 4-bit weights once instead of for every token."""
+
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with fixed_weights(self):
+            return generate(self, *args, **kwargs)
+
+    return wrapped

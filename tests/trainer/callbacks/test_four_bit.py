@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from hf_stablespam.quant import FourBitConfig, FourBitLinear
+from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit
 from hf_stablespam.trainer.callbacks.four_bit import FourBitCallback
 from hf_stablespam.trainer.export_checkpoint import export_checkpoint
 from hf_stablespam.trainer.export_command import main as export_main
@@ -207,3 +207,17 @@ def test_weights_rounded_on_request_are_said_to_be(tmp_path: Path, caplog: pytes
     assert "was not trained in 4 bits: its weights are rounded to int4 now" in caplog.text
     assert (tmp_path / "plain" / "model.safetensors.index.json").exists()  # a sharded checkpoint
     assert (tmp_path / "out.gguf").exists()
+
+
+def test_generating_rounds_each_weight_once(monkeypatch):
+    from hf_stablespam.quant import linear
+
+    seen = []
+    original = linear.quantize_weight
+    monkeypatch.setattr(linear, "quantize_weight", lambda *inputs: seen.append(inputs[0]) or original(*inputs))
+    callback = FourBitCallback()
+    model = convert_to_4bit(tiny(), callback.config).eval()
+    model.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert len(seen) == len({id(weight) for weight in seen}) == 14
+    model.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=1, do_sample=False)
+    assert len(seen) == 28  # nothing is kept from one call to the next
