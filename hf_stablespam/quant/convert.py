@@ -25,7 +25,7 @@ CONFIG_KEY = "four_bit_training"
 FUSED_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 
 # Layers of PEFT that hold the adapter: small, and trained in full precision.
-ADAPTER_CONTAINERS = re.compile(r"(^|\.)(lora_|vera_|ia3_|oft_|boft_|modules_to_save)")
+ADAPTER_CONTAINERS = re.compile(r"(^|\.)(lora_|vera_|ia3_|oft_|boft_|parallel_adapter_|modules_to_save)")
 # Packages whose layers transformers puts in for 4-bit training (FourOverSixConfig, FPQuantConfig).
 PREPARED_BY = ("fouroversix", "fp_quant")
 # Weights that nobody expects to be converted go unmentioned.

@@ -56,7 +56,7 @@ def _add_optimizer_name(training_args: ModuleType) -> None:
     names = training_args.OptimizerNames
     for name in factory.BUILDERS:
         if name not in names._value2member_map_:
-            _add_member(names, name)
+            add_member(names, name)
 
 
 def _teach_trainer(trainer: ModuleType) -> None:
@@ -67,7 +67,7 @@ def _teach_callback_handler(trainer_callback: ModuleType) -> None:
     factory.teach_callback_handler(trainer_callback.CallbackHandler)
 
 
-def _add_member(enum: Any, value: str) -> None:
+def add_member(enum: Any, value: str) -> None:
     """Add `value` to a string enum: argparse's choices and `--help` iterate over the enum's own tables."""
     name = value.upper()
     member: Any = str.__new__(enum, value)
