@@ -9,6 +9,7 @@ COMMANDS = {
     "report": "hf_stablespam.monitor.report.build",
     "export": "hf_stablespam.trainer.export_command",
     "repack": "hf_stablespam.trainer.repack_command",
+    "fuse": "hf_stablespam.recipes.fusechat.command",
 }
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_stablespam.monitor.report.panels import heat_maps, panels
+from hf_stablespam.monitor.report.run_tables import run_tables
 from hf_stablespam.monitor.report.runs import Run, read_runs
 from hf_stablespam.monitor.report.tables import reach_table, settings_table, summary_table
 
@@ -74,7 +75,7 @@ def render(runs: Sequence[Run], points: int, cells: int) -> str:
         cards.append(page.card(f"Gradient norm by block: {labels[found.run]}", element, run=found.run, wide=True))
     reached = reach_table(runs)
     above = [summary_table(runs), *([reached] if reached else [])]
-    return page.page(labels, above, cards, [settings_table(runs)], [bokeh_figures.library(), script])
+    return page.page(labels, above, cards, [*run_tables(runs), settings_table(runs)], [bokeh_figures.library(), script])
 
 
 def pictures(runs: Sequence[Run], stem: Path) -> list[Path]:

@@ -1,0 +1,224 @@
+"""`train_target`: SFT on the best answers, then DPO on the pairs, in full precision or in 4 bits."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.utils import logging
+
+from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit
+from hf_stablespam.quant.export.checks import check_packable
+from hf_stablespam.recipes.fusechat.report import TABLES_FILE, fusion_report, report_tables, write_report_tables
+from hf_stablespam.recipes.fusechat.settings import NEEDED
+from hf_stablespam.trainer import last_complete_checkpoint
+
+if TYPE_CHECKING:
+    from trl import DPOConfig, SFTConfig
+
+logger = logging.get_logger(__name__)
+
+FINISHED = "trainer_state.json"  # written last into a stage's folder
+SMALL_RATE = 1e-4  # below it a step of Adam is less than half a unit of most bfloat16 weights
+TOLERANCE = 1e-3  # of the first loss: bfloat16 sums in another order differ by less
+
+
+def train_target(
+    model: Any,
+    processing_class: Any,
+    dataset: Mapping[str, Dataset],
+    sft_args: SFTConfig,
+    dpo_args: DPOConfig,
+    *,
+    eval_dataset: Mapping[str, Dataset] | None = None,
+    four_bit: FourBitConfig | None = None,
+    peft_config: Any = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    export: bool | str | os.PathLike[str] = False,
+    leave_unpackable: bool = False,
+    resume: bool = False,
+) -> nn.Module:
+    """Train one model on the answers of many: `trl.SFTTrainer` on the best, then `trl.DPOTrainer` on the pairs.
+
+    The SFT model is written to ``sft_args.output_dir``; from there DPO loads the policy and its reference π_ref, both
+    converted to 4 bits alike if `four_bit` is given. Before the first step the DPO loss must be ln 2, because both
+    are the same function then; it is measured on a few rows, and anything else is an error. A part without rows is
+    passed over. Each stage's folder gets the tables of `fusion_report`, which
+    ``hf-stablespam report`` shows.
+
+    Args:
+        model: the target, a model of transformers or the name or folder to load it from.
+        processing_class: its tokenizer; with a chat template where the prompts are lists of messages.
+        dataset: what `build_preference_dataset` returned. With several processes let the main one build it and
+            `save_to_disk`, and all load it.
+        sft_args: of the first stage; `paper_settings` makes both.
+        dpo_args: of the second.
+        eval_dataset: the same two parts of held-out prompts, for the ``eval_strategy`` of the arguments.
+        four_bit: train both stages with 4-bit linear layers.
+        peft_config: train an adapter in each stage; it is merged at each stage's end, and DPO's reference is the
+            model without it.
+        callbacks: for both stages, a copy for each.
+        export: write a packed 4-bit checkpoint at the end: True for the folder ``4bit`` in ``dpo_args.output_dir``,
+            or the folder. Needs `four_bit`; what cannot be packed is an error before training.
+        leave_unpackable: see `export_4bit`.
+        resume: go on with a run that was killed: a stage that has ended is passed over, another goes on from its last
+            complete checkpoint.
+
+    Returns:
+        The trained model, adapters merged; it lies in ``dpo_args.output_dir`` too.
+
+    Raises:
+        ValueError: arguments that exclude each other, a first loss that is not ln 2, nothing to train on, a run of
+            other data to go on with, or a model that cannot be converted or packed.
+        ImportError: TRL is not installed.
+
+    Example:
+        >>> sft_args, dpo_args = paper_settings("fused", "Llama-3.2-1B")  # doctest: +SKIP
+        >>> train_target("meta-llama/Llama-3.2-1B-Instruct", tokenizer, data, sft_args, dpo_args)  # doctest: +SKIP
+    """
+    try:
+        from trl import DPOTrainer, SFTTrainer
+    except ImportError as error:
+        raise ImportError(NEEDED) from error
+    _check(dataset, sft_args, dpo_args, four_bit, export)
+    model = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, (str, os.PathLike)) else model
+    if hasattr(model, "peft_config"):
+        raise ValueError("model must have no adapter; merge it (merge_and_unload) and give peft_config instead")
+    if four_bit is not None:
+        convert_to_4bit(model, four_bit)
+        if export:
+            check_packable(model, leave_unpackable=leave_unpackable)
+    report = fusion_report(dataset)
+    evaluation = eval_dataset or {}
+    shared = {"processing_class": processing_class, "peft_config": peft_config}
+
+    folder, last = Path(str(sft_args.output_dir)), Path(str(dpo_args.output_dir))
+    if not _is_finished(folder, report, resume):
+        write_report_tables(report, folder)
+        if len(dataset["sft"]):
+            _warn_about_bfloat16(model, sft_args, peft_config)
+            rows = {"train_dataset": dataset["sft"], "eval_dataset": evaluation.get("sft")}
+            _run(SFTTrainer(model, sft_args, callbacks=copy.deepcopy(list(callbacks)), **rows, **shared), resume)
+        else:
+            model.save_pretrained(folder)
+            processing_class.save_pretrained(folder)
+    if not len(dataset["dpo"]):
+        last = folder
+    elif not _is_finished(last, report, resume):
+        write_report_tables(report, last)
+        policy = _loaded(folder, model, four_bit)
+        _warn_about_bfloat16(policy, dpo_args, peft_config)
+        needs_none = peft_config is not None or (dpo_args.precompute_ref_log_probs and not dpo_args.fsdp)
+        reference = None if needs_none else _loaded(folder, model, four_bit)
+        rows = {"train_dataset": dataset["dpo"], "eval_dataset": evaluation.get("dpo")}
+        copies = copy.deepcopy(list(callbacks))
+        trainer = DPOTrainer(policy, reference, dpo_args, callbacks=copies, **rows, **shared)
+        check_reference(trainer)
+        _run(trainer, resume)
+    trained = _loaded(last, model, four_bit)
+    if export:
+        packed = last / "4bit" if export is True else Path(export)
+        export_4bit(trained, packed, processing_class, leave_unpackable=leave_unpackable)
+    return trained
+
+
+def check_reference(trainer: Any) -> None:
+    """Raise unless policy and reference compute the same: then the DPO loss before the first step is ln 2.
+
+    Raises:
+        ValueError: the loss of a few rows is something else.
+    """
+    if trainer.args.precompute_ref_log_probs:
+        return  # the policy itself has just been the reference
+    if not set(trainer.args.loss_type) <= {"sigmoid", "sigmoid_norm"} or len(trainer.args.loss_type) > 1:
+        return  # other losses begin elsewhere
+    rows = trainer.train_dataset.select(range(min(len(trainer.train_dataset), trainer.args.per_device_eval_batch_size)))
+    loss = trainer.evaluate(rows, metric_key_prefix="reference")["reference_loss"]
+    if not abs(loss - math.log(2)) < TOLERANCE:
+        raise ValueError(
+            f"the DPO loss before the first step must be ln 2 = {math.log(2):.4f}, got {loss:.4f}: the reference does"
+            " not compute what the policy does; convert both to 4 bits with the same configuration, or neither"
+        )
+
+
+def _run(trainer: Any, resume: bool) -> None:
+    """Train and save the model, an adapter merged into it; the state comes last."""
+    folder = trainer.args.output_dir
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(model, "peft_config"):
+        merged = model.merge_and_unload()
+        merged.save_pretrained(folder, is_main_process=trainer.is_world_process_zero())
+        if trainer.is_world_process_zero():
+            trainer.processing_class.save_pretrained(folder)
+    else:
+        trainer.save_model()
+    trainer.save_state()
+    trainer.accelerator.wait_for_everyone()
+
+
+def _loaded(folder: Path, like: Any, four_bit: FourBitConfig | None) -> Any:
+    """The model in a folder, in the class and dtype of `like`, converted if `four_bit` says so.
+
+    From the disk rather than a copy: what a Trainer has wrapped around a model does not survive `copy.deepcopy`.
+    """
+    attention = like.config._attn_implementation
+    model = type(like).from_pretrained(folder, dtype=like.dtype, attn_implementation=attention)
+    return model if four_bit is None else convert_to_4bit(model, four_bit)
+
+
+def _is_finished(folder: Path, report: Mapping[str, Any], resume: bool) -> bool:
+    """Whether a run that is gone on with has ended this stage.
+
+    Raises:
+        ValueError: it was a run of other data.
+    """
+    if not resume:
+        return False
+    tables = folder / TABLES_FILE
+    if tables.exists() and json.loads(tables.read_text(encoding="utf-8"))["tables"] != report_tables(report):
+        raise ValueError(
+            f"resume=True must go on with the run in {folder}, which was trained on another data set (its {TABLES_FILE}"
+            " differs); give another output_dir, or resume=False"
+        )
+    return (folder / FINISHED).exists()
+
+
+def _warn_about_bfloat16(model: Any, args: Any, peft_config: Any) -> None:
+    """Weights in 16 bits that such small steps do not move."""
+    halves = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+    rounds = "stochastic_rounding" in str(args.optim_args or "")
+    if halves and peft_config is None and not rounds and args.learning_rate < SMALL_RATE:
+        logger.warning(
+            "the weights are %s and the learning rate is %g: most updates are rounded away; load the model in float32"
+            " (bf16=True still computes in bfloat16), or set optim_args='stochastic_rounding=True'",
+            *(str(halves.pop()).removeprefix("torch."), args.learning_rate),
+        )
+
+
+def _check(
+    dataset: Mapping[str, Dataset],
+    sft_args: SFTConfig,
+    dpo_args: DPOConfig,
+    four_bit: FourBitConfig | None,
+    export: Any,
+) -> None:
+    if "sft" not in dataset or "dpo" not in dataset or not (len(dataset["sft"]) or len(dataset["dpo"])):
+        rows = {part: len(dataset[part]) for part in dataset}
+        raise ValueError(
+            f"dataset must have the parts 'sft' and 'dpo' and a row in one of them, it has {rows};"
+            " build_preference_dataset makes both"
+        )
+    if Path(str(sft_args.output_dir)).resolve() == Path(str(dpo_args.output_dir)).resolve():
+        raise ValueError(f"the stages must have folders of their own, got {str(sft_args.output_dir)!r} for both")
+    if export and four_bit is None:
+        raise ValueError("export needs four_bit, which says how to pack; give the FourBitConfig to train with")

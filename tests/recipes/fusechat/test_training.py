@@ -1,0 +1,233 @@
+"""Both stages on a tiny target: the first loss, adapters, 4 bits, the export, going on after a kill."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from hf_stablespam import FourBitConfig, FourBitLinear, StableSPAM
+from hf_stablespam.recipes.fusechat import paper_settings, train_target
+from hf_stablespam.recipes.fusechat.training import check_reference
+from tests.recipes.fusechat.helpers import preferences, target, tokenizer
+
+trl = pytest.importorskip("trl", minversion="1.14", reason="TRL 1.14 or newer is not installed; extra 'fusechat'")
+
+GOLDEN = json.loads((Path(__file__).parents[2] / "data" / "fusechat_selection.json").read_text())
+FOUR_BIT = FourBitConfig(group_size=16)
+LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+QUIET = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_length": 32, "logging_steps": 1}
+QUIET |= {"use_cpu": True, "disable_tqdm": True, "gradient_checkpointing": False, "warmup_steps": 0}
+
+
+def settings(folder, sft=None, dpo=None):
+    first = {**QUIET, "max_steps": 3, "learning_rate": 1e-2, "save_strategy": "no", **(sft or {})}
+    second = {**QUIET, "max_steps": 3, "learning_rate": 1e-3, "save_strategy": "no", **(dpo or {})}
+    return paper_settings(folder, "Llama-3.2-1B", sft=first, dpo=second)
+
+
+class Seen(TrainerCallback):
+    """What the Trainers were: kept on the class, because each stage gets a copy of its own."""
+
+    optimizers: list = []  # noqa: RUF012
+    converted: list = []  # noqa: RUF012
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **others):
+        self.optimizers.append(getattr(optimizer, "optimizer", optimizer))
+        self.converted.append(any(isinstance(module, FourBitLinear) for module in model.modules()))
+
+
+def history(folder):
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("four_bit", [None, FOUR_BIT], ids=["float32", "int4"])
+def test_both_stages_from_the_answers_to_the_packed_model(tmp_path, four_bit, adapter):
+    Seen.optimizers.clear()
+    Seen.converted.clear()
+    model = target(hidden_size=32, intermediate_size=32)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    sft_args, dpo_args = settings(tmp_path)
+    options = {"four_bit": four_bit, "peft_config": adapter, "export": four_bit is not None, "callbacks": [Seen()]}
+    trained = train_target(model, tokenizer(), preferences(), sft_args, dpo_args, **options)
+    assert [type(optimizer) for optimizer in Seen.optimizers] == [StableSPAM, StableSPAM]
+    assert Seen.converted == [four_bit is not None] * 2
+    # DPO begins where policy and reference are the same function.
+    losses = [row["loss"] for row in history(tmp_path / "dpo") if "loss" in row]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses[-1] != losses[0]
+    after_sft = AutoModelForCausalLM.from_pretrained(tmp_path / "sft").state_dict()
+    after_dpo = trained.state_dict()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert set(after_dpo) == set(before)
+    assert not torch.equal(before[name], after_sft[name])
+    assert not torch.equal(after_sft[name], after_dpo[name])
+    assert (tmp_path / "dpo" / "report_tables.json").exists()
+    if four_bit is not None:
+        packed = AutoModelForCausalLM.from_pretrained(tmp_path / "dpo" / "4bit", dtype=torch.float32)
+        ids = torch.arange(8)[None]
+        with torch.no_grad():
+            assert torch.allclose(packed(ids).logits, trained.bfloat16().float()(ids).logits, atol=0.1)
+
+
+def test_a_reference_of_another_precision_is_refused(tmp_path):
+    from hf_stablespam import convert_to_4bit
+
+    _, dpo_args = settings(tmp_path)
+    policy = convert_to_4bit(target(hidden_size=32, intermediate_size=32), FOUR_BIT)
+    reference = target(hidden_size=32, intermediate_size=32)
+    rows = {"train_dataset": preferences()["dpo"], "processing_class": tokenizer()}
+    trainer = trl.DPOTrainer(policy, reference, dpo_args, **rows)
+    with pytest.raises(ValueError, match=r"must be ln 2 = 0.6931, got .*convert both to 4 bits"):
+        check_reference(trainer)
+    check_reference(trl.DPOTrainer(policy, convert_to_4bit(reference, FOUR_BIT), dpo_args, **rows))
+
+
+def test_chat_messages_and_log_probabilities_of_the_reference_made_beforehand(tmp_path):
+    sft_args, dpo_args = settings(tmp_path, dpo={"precompute_ref_log_probs": True})
+    train_target(target(), tokenizer(chat=True), preferences(chat=True), sft_args, dpo_args, four_bit=FOUR_BIT)
+    losses = [row["loss"] for row in history(tmp_path / "dpo") if "loss" in row]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    class Kill(TrainerCallback):
+        def __init__(self, at):
+            self.at = at
+
+        def on_step_end(self, args, state, control, **others):
+            if "dpo" in args.output_dir and state.global_step == self.at:
+                raise InterruptedError
+
+    def run(folder, **options):
+        sft_args, dpo_args = settings(folder, dpo={"max_steps": 4, "save_strategy": "steps", "save_steps": 2})
+        return train_target(target(), tokenizer(), preferences(), sft_args, dpo_args, **options)
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "killed", callbacks=[Kill(3)])
+    sft_weights = (tmp_path / "killed" / "sft" / "model.safetensors").stat().st_mtime_ns
+    resumed = run(tmp_path / "killed", resume=True)
+    assert (tmp_path / "killed" / "sft" / "model.safetensors").stat().st_mtime_ns == sft_weights
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+    again = run(tmp_path / "killed", resume=True, callbacks=[Kill(1)])  # nothing is left to do
+    assert torch.equal(again.lm_head.weight, whole.lm_head.weight)
+    sft_args, dpo_args = settings(tmp_path / "killed")
+    with pytest.raises(ValueError, match="was trained on another data set"):
+        train_target(target(), tokenizer(), preferences(sft_fraction=0.6), sft_args, dpo_args, resume=True)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_one_stage_alone(tmp_path, fraction):
+    sft_args, dpo_args = settings(tmp_path)
+    model = target()
+    start = {name: weight.clone() for name, weight in model.state_dict().items()}
+    trained = train_target(model, tokenizer(), preferences(sft_fraction=fraction), sft_args, dpo_args)
+    stages = ("sft", "dpo") if fraction else ("dpo", "sft")
+    assert (tmp_path / stages[0] / "trainer_state.json").exists()
+    assert not (tmp_path / stages[1] / "trainer_state.json").exists()
+    assert not torch.equal(trained.lm_head.weight, start["lm_head.weight"])
+
+
+def dpo_loss(sums, beta, normalised):
+    """−log σ(β·(log π/π_ref of the chosen) − β·(… of the rejected)), each over its length if `normalised`."""
+    margins = [
+        (sums[f"{name}_logp"] - sums[f"ref_{name}_logp"]) / (sums[f"{name}_tokens"] if normalised else 1)
+        for name in ("chosen", "rejected")
+    ]
+    return math.log1p(math.exp(-beta * (margins[0] - margins[1])))
+
+
+@pytest.mark.parametrize("case", GOLDEN["dpo_losses"], ids=lambda case: str(case["chosen_tokens"]))
+def test_the_formulas_of_the_losses(case):
+    assert dpo_loss(case, 10.0, True) == pytest.approx(case["length_normalised_beta_10"], rel=1e-9)
+    assert dpo_loss(case, 0.01, False) == pytest.approx(case["plain_beta_0_01"], rel=1e-9)
+
+
+@pytest.mark.parametrize("target_name", ["Llama-3.2-1B", "Gemma-2-9B"])
+def test_the_losses_of_the_settings_are_the_formulas(tmp_path, target_name):
+    """Row by row, from log-probabilities of the answers' tokens, the end token among them."""
+    _, dpo_args = paper_settings(tmp_path, target_name, dpo={**QUIET, "save_strategy": "no"})
+    words, rows = tokenizer(), [("ab", "cdef", "gh"), ("c", "d", "efghijk")]
+    policy, reference = target(), target()
+    for seed, model in enumerate((policy, reference)):
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    sums = []
+    for prompt, *answers in rows:
+        row = {}
+        for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+            ids = torch.tensor([words(prompt + answer)["input_ids"] + [words.eos_token_id]])
+            for prefix, model in (("", policy), ("ref_", reference)):
+                with torch.no_grad():
+                    logp = model.eval()(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+                row[f"{prefix}{name}_logp"] = logp[len(prompt) - 1 :].sum().item()
+            row[f"{name}_tokens"] = len(answer) + 1
+        sums.append(row)
+    columns = {name: [row[index] for row in rows] for index, name in enumerate(("prompt", "chosen", "rejected"))}
+    data = Dataset.from_dict(columns)
+    trainer = trl.DPOTrainer(policy, reference, dpo_args, train_dataset=data, processing_class=words)
+    for index, row in enumerate(sums):
+        loss = trainer.evaluate(trainer.train_dataset.select([index]), metric_key_prefix="one")["one_loss"]
+        assert loss == pytest.approx(dpo_loss(row, dpo_args.beta, "norm" in dpo_args.loss_type[0]), rel=1e-4)
+
+
+def test_the_settings_are_the_source_s(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sft_args, dpo_args = paper_settings(tmp_path, "Qwen-2.5-7B", dpo={"per_device_train_batch_size": 4, "bf16": False})
+    assert (sft_args.learning_rate, sft_args.num_train_epochs, dpo_args.num_train_epochs) == (2e-6, 3, 1)
+    assert (dpo_args.learning_rate, dpo_args.beta, dpo_args.loss_type) == (3e-7, 0.01, ["sigmoid"])
+    for args in (sft_args, dpo_args):
+        assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 2 == 128
+        assert (args.max_length, args.lr_scheduler_type, args.max_grad_norm) == (2048, "cosine", 0.0)
+        assert args.get_warmup_steps(1000) == 100
+        assert args.optim == "stable_spam"
+    assert (dpo_args.save_steps, dpo_args.save_total_limit) == (100, 2)
+    with pytest.raises(ValueError, match=r"target must be one of Llama-3.1-8B, .*got 'Llama-2-7B'"):
+        paper_settings(tmp_path, "Llama-2-7B")
+    with pytest.raises(TypeError, match="learning_rat"):
+        paper_settings(tmp_path, sft={"learning_rat": 1e-3})
+
+
+def test_wrong_uses_are_refused_before_training(tmp_path):
+    sft_args, dpo_args = settings(tmp_path)
+
+    def train(model=None, data=None, args=(sft_args, dpo_args), **options):
+        return train_target(model or target(), tokenizer(), preferences() if data is None else data, *args, **options)
+
+    with pytest.raises(ValueError, match="export needs four_bit"):
+        train(export=True)
+    with pytest.raises(ValueError, match="groups of 128 do not divide"):
+        train(export=True, four_bit=FourBitConfig())
+    with pytest.raises(ValueError, match="folders of their own"):
+        train(args=(sft_args, settings(tmp_path, dpo={"output_dir": sft_args.output_dir})[1]))
+    with pytest.raises(ValueError, match=r"the parts 'sft' and 'dpo' and a row in one of them, it has {'dpo': 8}"):
+        train(data={"dpo": preferences()["dpo"]})
+    from peft import get_peft_model
+
+    with pytest.raises(ValueError, match="model must have no adapter"):
+        train(model=get_peft_model(target(), LORA))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_weights_that_small_steps_cannot_move_are_mentioned(tmp_path, monkeypatch):
+    from hf_stablespam.recipes.fusechat import training
+
+    said = []
+    monkeypatch.setattr(training.logger, "warning", lambda *parts: said.append(parts[0] % parts[1:]))
+    half = target().bfloat16()
+    for more, count in (({}, 1), ({"optim_args": "stochastic_rounding=True"}, 1), ({"learning_rate": 1e-3}, 1)):
+        args, _ = settings(tmp_path, sft={"learning_rate": 5e-6, **more})
+        training._warn_about_bfloat16(half, args, None)
+        assert len(said) == count
+    assert "the weights are bfloat16 and the learning rate is 5e-06: most updates are rounded away" in said[0]
+    training._warn_about_bfloat16(half, settings(tmp_path, sft={"learning_rate": 5e-6})[0], LORA)
+    training._warn_about_bfloat16(target(), settings(tmp_path, sft={"learning_rate": 5e-6})[0], None)
+    assert len(said) == 1
