@@ -100,7 +100,9 @@ class DataArguments:
 class StabilityArguments:
     four_bit: str | None = field(
         default=None,
-        metadata={"help": "Format of 4-bit linear layers: int4, int4_asym, fp4_e1m2, fp4_e2m1, mxfp4, nvfp4."},
+        metadata={
+            "help": "Format of 4-bit linear layers: int4, int4_asym, int4_signed, fp4_e1m2, fp4_e2m1, mxfp4, nvfp4."
+        },
     )
     four_bit_group_size: int = field(default=128, metadata={"help": "Weights that share a scale."})
     gradient_norms: bool = field(default=False, metadata={"help": "Log gradient norms and clipped entries."})
@@ -184,7 +186,7 @@ def make_callbacks(stability: StabilityArguments) -> list[TrainerCallback]:
         config = FourBitConfig(
             weight=stability.four_bit,
             # A zero point is of use for weights; activations keep the symmetric grid, as in the paper.
-            activation="int4" if stability.four_bit == "int4_asym" else stability.four_bit,
+            activation="int4" if stability.four_bit in ("int4_asym", "int4_signed") else stability.four_bit,
             group_size=stability.four_bit_group_size,
         )
         callbacks.append(FourBitCallback(config))

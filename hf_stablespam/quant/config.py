@@ -29,7 +29,8 @@ class FourBitConfig:
     """4-bit training of linear layers: ``y = Q_a(x) · Q_w(W)ᵀ + b``, gradients straight through.
 
     Master weights stay what they are; a format of None leaves its operand in high precision. The formats are
-    ``"int4"``, ``"int4_asym"``, ``"fp4_e1m2"``, ``"fp4_e1m2_official"``, ``"fp4_e2m1"``, ``"mxfp4"`` and ``"nvfp4"``.
+    ``"int4"``, ``"int4_asym"``, ``"fp4_e1m2"``, ``"fp4_e1m2_official"``, ``"fp4_e2m1"``, ``"mxfp4"`` and ``"nvfp4"``,
+    and for weights ``"int4_signed"``.
 
     The defaults can be exported and load plainly. Of the formats that do, none trained measurably better: final loss
     3.954 ± 0.016 with the defaults, 3.947 ± 0.038 with ``nvfp4`` (six seeds each), 3.941 ± 0.027 with ``int4_asym``,
@@ -104,7 +105,11 @@ class FourBitConfig:
     def __post_init__(self) -> None:
         for operand in ("weight", "activation", "gradient"):
             if getattr(self, operand) is not None:
-                get_format(getattr(self, operand), operand)
+                format = get_format(getattr(self, operand), operand)
+                if format.signed and operand != "weight":
+                    raise ValueError(
+                        f"{operand}={format.name!r}: this format is for weights only; set {operand}='int4'"
+                    )
         if self.activation_outliers is None:
             free = self.activation is not None and get_format(self.activation).block is None
             object.__setattr__(self, "activation_outliers", 2 if free else 0)
@@ -137,6 +142,11 @@ class FourBitConfig:
             raise ValueError(
                 "hadamard='weight_grad' needs a gradient format, got gradient=None: the transform only serves"
                 " quantized operands; set gradient='nvfp4', or hadamard=None"
+            )
+        if self.weight_outliers and self.weight is not None and get_format(self.weight).signed:
+            raise ValueError(
+                f"weight_outliers must be 0 with weight={self.weight!r}, got {self.weight_outliers}: its codes reach as"
+                " far as the largest magnitude; set weight_outliers=0, or weight='int4'"
             )
         if self.four_over_six and "nvfp4" not in (self.weight, self.activation, self.gradient):
             raise ValueError(
@@ -183,6 +193,20 @@ class FourBitConfig:
         if not gradient:
             return cls(weight="nvfp4", activation="nvfp4")
         return cls(weight="nvfp4", activation="nvfp4", gradient="nvfp4", hadamard="weight_grad", weight_block="2d")
+
+    @classmethod
+    def gguf(cls) -> FourBitConfig:
+        """The best 4-bit weights that llama.cpp multiplies by: ``int4_signed`` in groups of 32, inputs left alone.
+
+        That is the grid of ggml's Q4_0, so `export_gguf` writes it bit for bit, and even ``llama-quantize`` keeps it.
+        llama.cpp rounds inputs to 8 bits; to do the same in training brought its probabilities no closer to the
+        trained ones (``benchmarks/gguf_export.py``).
+
+        Example:
+            >>> FourBitConfig.gguf().weight
+            'int4_signed'
+        """
+        return cls(weight="int4_signed", activation=None, group_size=32)
 
     def quantizer(self, operand: str) -> Quantizer | None:
         """The `Quantizer` of ``"weight"``, ``"activation"`` or ``"gradient"``; None in high precision."""

@@ -177,7 +177,7 @@ def _fake_quantize(
 
 def covers(x: Tensor, quantizer: Any) -> bool:
     """Whether the kernel does what `quantizer` asks for."""
-    special = quantizer.stochastic or quantizer.square or quantizer.four_over_six
+    special = quantizer.stochastic or quantizer.square or quantizer.four_over_six or quantizer.format.signed
     return not special and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 

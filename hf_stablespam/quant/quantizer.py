@@ -149,6 +149,8 @@ def quantize(x: Tensor, quantizer: Quantizer, amax: Tensor | None = None) -> Qua
     groups = split_into_groups(work, size)
     if quantizer.format.zero_point:
         return _quantize_range(groups, quantizer, x.shape[-1])
+    if quantizer.format.signed:
+        return _quantize_signed(groups, quantizer, x.shape[-1])
     peak, kept = largest_magnitudes(groups, quantizer)
     if quantizer.square:
         peak = share_between_rows(peak, quantizer.group_size)
@@ -173,6 +175,19 @@ def _quantize_symmetric(groups: Tensor, quantizer: Quantizer, peak: Tensor, kept
         codes = groups / scale
     codes = round_to_codes(codes, format, quantizer.stochastic)
     return Quantized(codes, scale, divisor, None, None, None, kept, width)
+
+
+def _quantize_signed(groups: Tensor, quantizer: Quantizer, width: int) -> Quantized:
+    """A scale with the sign that maps the number of largest magnitude to the lowest code."""
+    format = quantizer.format
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    if quantizer.square:
+        low = share_between_rows(low, quantizer.group_size, largest=False)
+        high = share_between_rows(high, quantizer.group_size)
+    size = round_scale(poison(torch.maximum(high, -low)) / -format.anchor, quantizer.scale_dtype)
+    scale = torch.where(high > -low, -size, size)
+    codes = round_to_codes(groups / scale, format, quantizer.stochastic)
+    return Quantized(codes, scale, 1.0, None, None, None, None, width)
 
 
 def _quantize_range(groups: Tensor, quantizer: Quantizer, width: int) -> Quantized:

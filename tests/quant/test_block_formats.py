@@ -49,6 +49,8 @@ def signal_to_noise(x: torch.Tensor, quantized: torch.Tensor) -> float:
         ({"weight": "int4_asym"}, 19.95),
         ({"weight": "int4"}, 18.61),
         ({"weight": "int4", "weight_outliers": 2}, 20.42),
+        ({"weight": "int4_signed"}, 19.71),
+        ({"weight": "int4_signed", "group_size": 32}, 21.32),
         ({"weight": "fp4_e1m2"}, 18.61),
         ({"weight": "fp4_e1m2_official", "weight_outliers": 2}, 15.56),
         ({"weight": "fp4_e2m1"}, 19.26),

@@ -21,7 +21,9 @@ def test_block_formats_keep_no_outliers_by_default() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [FourBitConfig(), FourBitConfig.paper("fp4"), FourBitConfig.nvfp4(gradient=True)], ids=str
+    "config",
+    [FourBitConfig(), FourBitConfig.paper("fp4"), FourBitConfig.nvfp4(gradient=True), FourBitConfig.gguf()],
+    ids=str,
 )
 def test_a_configuration_survives_json(config: FourBitConfig) -> None:
     assert FourBitConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -31,6 +33,14 @@ def test_a_configuration_survives_json(config: FourBitConfig) -> None:
     ("options", "message"),
     [
         ({"weight": "int5"}, r"weight must be one of 'int4', 'int4_asym'.* got 'int5' .did you mean 'int4'"),
+        (
+            {"activation": "int4_signed"},
+            r"activation='int4_signed': this format is for weights only; set activation='int4'",
+        ),
+        (
+            {"weight": "int4_signed", "weight_outliers": 1},
+            r"weight_outliers must be 0 with weight='int4_signed', got 1",
+        ),
         ({"activation": 4}, r"activation must be one of .*'nvfp4' or None, got 4"),
         ({"gradient": "fp8"}, "gradient must be one of"),
         ({"group_size": 0}, "group_size must be an integer, at least 1, got 0; 128"),

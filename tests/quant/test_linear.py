@@ -25,11 +25,14 @@ def make(
     return layer, torch.randn(2, 5, width, dtype=dtype, requires_grad=True)
 
 
-@pytest.mark.parametrize("name", ["int4", "int4_asym", "fp4_e1m2", "fp4_e1m2_official", "fp4_e2m1", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize(
+    "name", ["int4", "int4_asym", "int4_signed", "fp4_e1m2", "fp4_e1m2_official", "fp4_e2m1", "mxfp4", "nvfp4"]
+)
 def test_products_are_those_of_the_quantized_operands(name: str) -> None:
-    config = FourBitConfig(weight=name, activation=name, gradient=name, group_size=32, gradient_rounding="nearest")
-    if name == "int4_asym":
+    if name in ("int4_asym", "int4_signed"):
         config = FourBitConfig(weight=name, activation="int4", gradient=None, group_size=32)
+    else:
+        config = FourBitConfig(weight=name, activation=name, gradient=name, group_size=32, gradient_rounding="nearest")
     layer, x = make(config)
     upstream = torch.randn(2, 5, 24)
     y = layer(x)

@@ -12,7 +12,7 @@ from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.formats import FORMATS, ScaleKind
 from hf_stablespam.quant.quantizer import Quantizer, quantize
 from hf_stablespam.quant.rounding import round_to
-from tests.reference.quantize import E2M1, quantize_rows
+from tests.reference.quantize import E2M1, quantize_rows, quantize_signed_rows
 
 GOLDEN = load_file(Path(__file__).parents[1] / "data" / "quantizers.safetensors")
 INTEGERS = [float(level) for level in range(8)]
@@ -112,6 +112,15 @@ def test_a_group_away_from_zero_keeps_its_values() -> None:
     x = torch.linspace(5, 6, 32).reshape(1, 32)
     result = Quantizer(FORMATS["int4_asym"], group_size=32)(x)
     assert (result - x).abs().max() <= 6 / 15 / 2 + 1e-6
+
+
+def test_a_scale_with_a_sign_takes_the_largest_magnitude_to_code_minus_eight() -> None:
+    x = torch.tensor([[0.1, -0.26, 0.5, 0.8], [0.1, 0.26, -0.5, -0.8], [0.0, 0.0, 0.0, 0.0], [0.8, -0.8, 0.1, 0.35]])
+    result = quantize(x, Quantizer(FORMATS["int4_signed"], group_size=4))
+    assert result.codes[:, 0].tolist() == [[-1, 3, -5, -8], [1, 3, -5, -8], [0, 0, 0, 0], [7, -8, 1, 4]]
+    torch.testing.assert_close(result.scale.flatten()[[0, 1, 3]], torch.tensor([-0.1, 0.1, 0.1]))
+    expected = quantize_signed_rows(weights(8, 96), 32)
+    torch.testing.assert_close(Quantizer(FORMATS["int4_signed"], group_size=32)(weights(8, 96)).double(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

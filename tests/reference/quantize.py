@@ -36,3 +36,16 @@ def quantize_rows(x: torch.Tensor, size: int, levels: list[float], anchor: float
             out += quantize_group(row[start : start + size], levels, anchor, outliers)
         rows.append(out)
     return torch.tensor(rows, dtype=torch.float64)
+
+
+def quantize_signed_rows(x: torch.Tensor, size: int) -> torch.Tensor:
+    """``max(min(round(x / d), 7), -8) · d``, d = (number of largest magnitude, with its sign) / −8 of a group."""
+    rows = []
+    for row in x.double().tolist():
+        out: list[float] = []
+        for start in range(0, len(row), size):
+            group = row[start : start + size]
+            scale = max(group, key=abs) / -8
+            out += [max(min(round(value / scale), 7), -8) * scale if scale else 0.0 for value in group]
+        rows.append(out)
+    return torch.tensor(rows, dtype=torch.float64)

@@ -64,8 +64,8 @@ def four_bit_config(text: str) -> "FourBitConfig":
 
     Args:
         text: fields of `FourBitConfig` as a JSON object, or one word, the format: weights and activations share it,
-            but for `int4_asym`: a zero point is of use for weights, and activations keep the symmetric grid, as in
-            the paper.
+            but for `int4_asym` and `int4_signed`: a zero point or a sign of the scale is of use for weights, and
+            activations keep the symmetric grid, as in the paper.
 
     Raises:
         ValueError: an unknown format or field, or no JSON object.
@@ -77,7 +77,7 @@ def four_bit_config(text: str) -> "FourBitConfig":
             return FourBitConfig.from_dict(json.loads(text))
         except json.JSONDecodeError as error:
             raise ValueError(f"must be a format or a JSON object, got {text!r}, which is not JSON: {error}") from None
-    return FourBitConfig(weight=text, activation="int4" if text == "int4_asym" else text)
+    return FourBitConfig(weight=text, activation="int4" if text in ("int4_asym", "int4_signed") else text)
 
 
 def _wanted(options: LaunchOptions, present: list[Any]) -> list[Any]:

@@ -143,8 +143,8 @@ def _parser() -> argparse.ArgumentParser:
         parser,
         "--four-bit",
         metavar="FORMAT",
-        help="train the linear layers with 4-bit weights and activations: int4, int4_asym, fp4_e1m2, fp4_e2m1, "
-        "mxfp4, nvfp4; or fields of FourBitConfig as a JSON object or in a .json file",
+        help="train the linear layers with 4-bit weights and activations: int4, int4_asym, int4_signed, fp4_e1m2, "
+        "fp4_e2m1, mxfp4, nvfp4; or fields of FourBitConfig as a JSON object or in a .json file",
     )
     add_option(
         parser,

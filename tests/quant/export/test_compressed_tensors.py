@@ -70,6 +70,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 CONFIGS = {
     "int4": FourBitConfig(),
+    "signed": FourBitConfig.gguf(),
     "e1m2": FourBitConfig("fp4_e1m2", None, group_size=64),
     "official": FourBitConfig("fp4_e1m2_official", None),
     "nvfp4": FourBitConfig.nvfp4(),

@@ -21,7 +21,14 @@ from hf_stablespam.quant.quantizer import Quantized
 from hf_stablespam.quant.scales import E4M3
 
 # Name of the format → ggml's type.
-TYPES = {"int4": "Q4_0", "fp4_e1m2": "Q4_0", "fp4_e1m2_official": "Q4_0", "mxfp4": "MXFP4", "nvfp4": "NVFP4"}
+TYPES = {
+    "int4": "Q4_0",
+    "int4_signed": "Q4_0",
+    "fp4_e1m2": "Q4_0",
+    "fp4_e1m2_official": "Q4_0",
+    "mxfp4": "MXFP4",
+    "nvfp4": "NVFP4",
+}
 # Numbers of a block: rows must be a multiple of it.
 BLOCK_SIZE = {"Q4_0": 32, "MXFP4": 32, "NVFP4": 64}
 # Twice the magnitude of an E2M1 number → its code without the sign.

@@ -29,6 +29,8 @@ def weight(rows: int = 48, width: int = 320) -> torch.Tensor:
     "config",
     [
         *(FourBitConfig("int4", None, group_size=size) for size in (32, 64, 128, 512)),
+        FourBitConfig.gguf(),
+        FourBitConfig("int4_signed", None, group_size=64, weight_block="2d"),
         FourBitConfig("fp4_e1m2", None, group_size=64),
         FourBitConfig("fp4_e1m2_official", None, group_size=32, scale_dtype="float16"),
         FourBitConfig("int4", None, group_size=32, weight_block="2d"),
@@ -85,6 +87,17 @@ def test_numbers_off_the_grid_are_not_packed(recover) -> None:
     on_grid[2, 5] += 1e-3  # a single number
     assert recover(on_grid) is None
     assert recover(torch.zeros(4, 40)) is None  # rows that blocks do not divide
+
+
+def test_ggmls_own_rounding_keeps_the_signed_grid_and_destroys_the_symmetric_one() -> None:
+    numbers = weight()
+    for name, kept in (("int4_signed", 1.0), ("int4", 0.3)):
+        trained = FourBitConfig(name, None, group_size=32).quantizer("weight")(numbers)
+        again = quants.dequantize(
+            quants.quantize(trained.numpy(), GGMLQuantizationType.Q4_0), GGMLQuantizationType.Q4_0
+        )
+        same = float((torch.from_numpy(again) == trained).float().mean())
+        assert same == 1.0 if kept == 1.0 else same < kept
 
 
 def test_a_signed_scale_is_found() -> None:

@@ -65,6 +65,7 @@ def test_every_architecture_has_the_trained_weights_bit_for_bit(name: str, tmp_p
     "config",
     [
         FourBitConfig("int4", None, group_size=128),
+        FourBitConfig.gguf(),
         FourBitConfig("fp4_e1m2", None, group_size=64),
         FourBitConfig("int4", "int4", group_size=32, scale_dtype="float16", weight_block="2d"),
         FourBitConfig("mxfp4", "mxfp4"),
