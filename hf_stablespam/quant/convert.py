@@ -11,8 +11,10 @@ from torch import nn
 
 from hf_stablespam._announce import announce
 from hf_stablespam.quant.config import FourBitConfig
+from hf_stablespam.quant.experts import FourBitExperts, is_experts
 from hf_stablespam.quant.formats import ScaleKind
 from hf_stablespam.quant.linear import FourBitLinear, check_weight
+from hf_stablespam.quant.parameter_counts import in_words
 
 logger = logging.getLogger(__name__)
 
@@ -33,16 +35,18 @@ QUIET = (nn.Embedding, nn.LayerNorm, nn.RMSNorm)
 
 
 def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> ModelT:
-    """Swap the class of the model's `nn.Linear` layers to `FourBitLinear`, in place.
+    """Swap the class of the model's `nn.Linear` layers, and of the experts of a mixture, to 4-bit ones, in place.
 
     Parameters, their identity, hooks and the keys of the state dict stay; so optimizers, DDP, FSDP2, checkpointing
-    and saving work as before. One line, on the log or on stderr, says how many layers were converted and what was left
-    alone; layers that transformers prepared for 4-bit training itself (FourOverSixConfig, FPQuantConfig) are.
+    and saving work as before. One line, on the log or on stderr, says how many layers and parameters were converted
+    and what was left alone; layers that transformers prepared for 4-bit training itself (FourOverSixConfig,
+    FPQuantConfig) are.
     Converting again with the same configuration does nothing.
 
     Args:
-        model: any module. Only layers whose type is exactly `nn.Linear` are converted, without those named in
-            `modules_to_not_convert`, adapters of PEFT, and the last blocks if `keep_last_blocks` says so.
+        model: any module. Layers whose type is exactly `nn.Linear` are converted, and modules that hold the experts
+            of a mixture as transformers 5 does, without those named in `modules_to_not_convert`, adapters of PEFT, and
+            the last blocks if `keep_last_blocks` says so.
         config: formats and which layers; default `FourBitConfig()`.
 
     Returns:
@@ -58,41 +62,52 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
         ('FourBitLinear', ['0.bias', '0.weight', '2.bias', '2.weight'])
     """
     config = config or FourBitConfig()
-    chosen = {}
+    chosen: dict[str, nn.Linear] = {}
+    experts: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if type(module) is nn.Linear and is_wanted(name, config, model):
             check_weight(module.weight, f"{name}.weight" if name else "weight")
             chosen[name] = module
-        elif isinstance(module, FourBitLinear) and module.four_bit != config:
+        elif is_experts(module) and not isinstance(module, FourBitExperts) and is_wanted(name, config, model):
+            experts[name] = module
+        elif isinstance(module, FourBitLinear | FourBitExperts) and module.four_bit != config:
             raise ValueError(
                 f"layer {name!r} is already converted with another configuration; call restore_linear(model) first"
             )
-    converted = [name for name, module in model.named_modules() if isinstance(module, FourBitLinear)]
+    converted = any(isinstance(module, FourBitLinear | FourBitExperts) for module in model.modules())
     prepared = any(type(module).__module__.split(".")[0] in PREPARED_BY for module in model.modules())
-    if not chosen and prepared and not converted:
+    if not chosen and not experts and prepared and not converted:
         announce(
             logger,
             "4-bit training: the model was prepared by transformers; left alone: %s",
             ", ".join(left_alone(model)),
         )
         return model
-    if not chosen and not converted:
+    if not chosen and not experts and not converted:
         raise ValueError(f"no layer to convert to 4 bits: {_why_nothing(model, config)}")
     for module in chosen.values():
         FourBitLinear.adopt(module, config)
+    for block in experts.values():
+        FourBitExperts.adopt(block, config)
     _share_scales(model, config)
     _note_in_config(model, config.to_dict())
-    if chosen:
+    if chosen or experts:
         announce(
             logger,
-            "4-bit training: converted %d linear layers (weight %s, activation %s, gradient %s); left alone: %s",
-            *(len(chosen), config.weight, config.activation, config.gradient, ", ".join(left_alone(model)) or "none"),
+            "4-bit training: converted %d linear layers%s (weight %s, activation %s, gradient %s): %s; left alone: %s",
+            len(chosen),
+            f" and {len(experts)} blocks of experts" if experts else "",
+            config.weight,
+            config.activation,
+            config.gradient,
+            in_words(model),
+            ", ".join(left_alone(model)) or "none",
         )
     return model
 
 
 def restore_linear(model: ModelT) -> ModelT:
-    """Turn every `FourBitLinear` of `model` back into a plain `nn.Linear`, in place; weights stay as they are.
+    """Turn every `FourBitLinear` of `model` back into a plain `nn.Linear`, and experts into theirs; weights stay.
 
     Example:
         >>> model = restore_linear(convert_to_4bit(nn.Sequential(nn.Linear(8, 8))))
@@ -100,7 +115,7 @@ def restore_linear(model: ModelT) -> ModelT:
         True
     """
     for module in list(model.modules()):
-        if isinstance(module, FourBitLinear):
+        if isinstance(module, FourBitLinear | FourBitExperts):
             module.release()
     _note_in_config(model, None)
     return model
@@ -120,7 +135,11 @@ def left_alone(model: nn.Module) -> list[str]:
     found: Counter[str] = Counter()
     for name, module in model.named_modules():
         own = any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
-        if own and not isinstance(module, (FourBitLinear, *QUIET)) and not ADAPTER_CONTAINERS.search(name):
+        if (
+            own
+            and not isinstance(module, (FourBitLinear, FourBitExperts, *QUIET))
+            and not ADAPTER_CONTAINERS.search(name)
+        ):
             found[f"{re.sub(r'[.][0-9]+(?=[.]|$)', '.*', name)} ({type(module).__name__})"] += 1
     return [text if count == 1 else f"{text} ×{count}" for text, count in found.items()]
 

@@ -168,7 +168,7 @@ def fixed_weights(model: nn.Module) -> Iterator[None]:
         >>> with fixed_weights(model):
         ...     outputs = [model(torch.ones(1, 8)) for _ in range(3)]
     """
-    layers = [module for module in model.modules() if isinstance(module, FourBitLinear)]
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "forget_weight")]
     for layer in layers:
         layer._fixed += 1
     try:

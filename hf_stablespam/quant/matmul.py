@@ -126,6 +126,18 @@ class FourBitMatmul(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
+class StraightThrough(torch.autograd.Function):
+    """`on_grid` with the gradient straight through: arguments of `apply` are `x` and its quantizer, or None."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantizer: Quantizer | None) -> Tensor:  # type: ignore[override]
+        return x.view_as(x) if quantizer is None else quantizer(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
 def _turns_weight_grad(recipe: Recipe) -> bool:
     return recipe.hadamard is not None and recipe.gradient is not None
 
