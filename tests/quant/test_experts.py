@@ -266,9 +266,7 @@ def test_an_implementation_that_would_leave_activations_unrounded_is_refused() -
     model.config._experts_implementation = "sonicmoe"
     experts = experts_of(convert_to_4bit(model, FourBitConfig(group_size=32)))
     experts.config._experts_implementation = "sonicmoe"
-    with pytest.raises(
-        ValueError, match=r"'eager', 'batched_mm' or 'grouped_mm' .*'sonicmoe'"
-    ):
+    with pytest.raises(ValueError, match=r"'eager', 'batched_mm' or 'grouped_mm' .*'sonicmoe'"):
         experts(*routed(experts))
 
 

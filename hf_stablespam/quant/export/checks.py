@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_stablespam.quant.config import FourBitConfig
+from hf_stablespam.quant.experts import FourBitExperts
 from hf_stablespam.quant.export.packing import KERNEL_GROUPS, fitting_groups
 from hf_stablespam.quant.formats import FORMATS, ScaleKind, get_format
 from hf_stablespam.quant.linear import FourBitLinear
@@ -37,12 +38,22 @@ def check_packable(
         raise ValueError("the model is not converted to 4 bits; call convert_to_4bit(model, config) first")
     if not hasattr(model, "save_pretrained"):
         raise ValueError(f"model must be a transformers model with save_pretrained, got {type(model).__name__}")
+    _check_experts(model)
     config = next(iter(layers.values())).four_bit
     _check_format(config, dtype)
     _check_ties(model, layers)
     if not leave_unpackable:
         _check_groups(layers, _group_size(config))
     return config
+
+
+def _check_experts(model: nn.Module) -> None:
+    names = [name for name, module in model.named_modules() if isinstance(module, FourBitExperts)]
+    if names:
+        raise ValueError(
+            f"{len(names)} blocks of experts have no packed form yet: {', '.join(names)}; train with "
+            "modules_to_not_convert=('lm_head', 'experts'), or without export"
+        )
 
 
 def four_bit_layers(model: nn.Module) -> dict[str, FourBitLinear]:
