@@ -38,7 +38,7 @@ def check_packable(
         raise ValueError("the model is not converted to 4 bits; call convert_to_4bit(model, config) first")
     if not hasattr(model, "save_pretrained"):
         raise ValueError(f"model must be a transformers model with save_pretrained, got {type(model).__name__}")
-    _check_experts(model)
+    refuse_experts(model)
     config = next(iter(layers.values())).four_bit
     _check_format(config, dtype)
     _check_ties(model, layers)
@@ -47,7 +47,7 @@ def check_packable(
     return config
 
 
-def _check_experts(model: nn.Module) -> None:
+def refuse_experts(model: nn.Module) -> None:
     names = [name for name, module in model.named_modules() if isinstance(module, FourBitExperts)]
     if names:
         raise ValueError(
