@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -81,6 +81,9 @@ class FourBitConfig:
         >>> FourBitConfig.nvfp4().activation_outliers
         0
     """
+
+    # By this name transformers finds what converts a model (trainer/registration/quantization_config.py).
+    quant_method: ClassVar[str] = "hf_stablespam"
 
     weight: str | None = "int4"
     activation: str | None = "int4"

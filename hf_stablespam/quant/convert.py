@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -118,6 +118,9 @@ def restore_linear(model: ModelT) -> ModelT:
         if isinstance(module, FourBitLinear | FourBitExperts):
             module.release()
     _note_in_config(model, None)
+    own: Any = getattr(model, "config", None)
+    if getattr(getattr(own, "quantization_config", None), "quant_method", None) == FourBitConfig.quant_method:
+        del own.quantization_config  # of a model that came by from_pretrained(…, quantization_config=…)
     return model
 
 

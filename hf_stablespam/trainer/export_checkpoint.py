@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import transformers
 
-from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit, export_gguf
+from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit, export_gguf, restore_linear
 from hf_stablespam.quant.convert import CONFIG_KEY
 from hf_stablespam.quant.export import export_unpacked
 from hf_stablespam.trainer.checkpoints import last_complete_checkpoint
+from hf_stablespam.trainer.registration.quantization_config import QUANT_METHOD
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def load_trained(checkpoint: str | os.PathLike[str], config: FourBitConfig | Non
     tokenizer: Any = None
     if any((folder / name).exists() for name in TOKENIZER_FILES):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    return convert_to_4bit(model, config), tokenizer
+    return convert_to_4bit(restore_linear(model), config), tokenizer
 
 
 def noted_config(checkpoint: str | os.PathLike[str]) -> FourBitConfig:
@@ -157,7 +158,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _model_class(written: dict[str, Any], folder: Path) -> Any:
     """The class that the checkpoint's config names."""
-    if "quantization_config" in written:
+    if written.get("quantization_config", {}).get("quant_method", QUANT_METHOD) != QUANT_METHOD:
         raise ValueError(f"{folder} is quantized already; give the checkpoint that the Trainer wrote")
     names = written.get("architectures") or ["none"]
     if not hasattr(transformers, names[0]):

@@ -72,6 +72,7 @@ def export_unpacked(
     path = Path(directory, "config.json")
     written = json.loads(path.read_text())
     written["torch_dtype" if "torch_dtype" in written else "dtype"] = "float32"
+    written.pop("quantization_config", None)  # what is read there is not converted again
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
     if processing_class is not None:
         processing_class.save_pretrained(directory)

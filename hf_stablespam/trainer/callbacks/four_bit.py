@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import GenerationMixin, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit, export_gguf, fixed_weights
+from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, export_4bit, export_gguf, fixed_weights
 from hf_stablespam.quant.export.checks import check_packable
 from hf_stablespam.quant.export.gguf.checks import check_gguf
 from hf_stablespam.trainer.patching import patch
@@ -22,7 +22,8 @@ class FourBitCallback(TrainerCallback):
     a converted model does nothing.
 
     Args:
-        config: formats and which layers; default `FourBitConfig()`.
+        config: formats and which layers; default `FourBitConfig()`, or what the model was loaded with
+            (``from_pretrained(…, quantization_config=FourBitConfig(…))``).
         export: write a packed 4-bit checkpoint when training ends: True for the folder ``4bit`` in `output_dir`, or
             the folder to write to; ``"gguf"`` for the file ``model.gguf`` in `output_dir`, or a file that ends in
             ``.gguf``. What cannot be packed is an error before training. What an earlier run wrote is replaced.
@@ -48,6 +49,7 @@ class FourBitCallback(TrainerCallback):
         if config is not None and not isinstance(config, FourBitConfig):
             raise TypeError(f"config must be a FourBitConfig, got {type(config).__name__}; use FourBitConfig(...)")
         self.config = config or FourBitConfig()
+        self._is_default = config is None
         self.export = export
         self.leave_unpackable = leave_unpackable
         patch(
@@ -58,7 +60,7 @@ class FourBitCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
     ) -> None:
         if model is not None:
-            convert_to_4bit(model, self.config)
+            self._convert(model)
             if self._gguf_file(args):
                 check_gguf(model, others.get("processing_class"))
             elif self.export:
@@ -67,7 +69,7 @@ class FourBitCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
     ) -> None:
-        convert_to_4bit(model, self.config)
+        self._convert(model)
 
     def on_train_end(
         self,
@@ -92,6 +94,13 @@ class FourBitCallback(TrainerCallback):
             leave_unpackable=self.leave_unpackable,
             is_main_process=state.is_world_process_zero,
         )
+
+    def _convert(self, model: Any) -> None:
+        """Convert; a model that came converted keeps its configuration, unless the callback was given one."""
+        if self._is_default:
+            converted = [module.four_bit for module in model.modules() if isinstance(module, FourBitLinear)]
+            self.config = converted[0] if converted else self.config
+        convert_to_4bit(model, self.config)
 
     def _gguf_file(self, args: TrainingArguments) -> Path | None:
         """The GGUF file to write, if `export` asks for one."""

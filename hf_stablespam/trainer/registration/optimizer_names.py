@@ -7,10 +7,11 @@ from typing import Any
 from hf_stablespam.trainer.patching import undo_patches
 from hf_stablespam.trainer.registration import factory
 from hf_stablespam.trainer.registration.after_import import after_import, forget_hooks
+from hf_stablespam.trainer.registration.quantization_config import forget_quantizers, teach_quantizers
 
 
 def register() -> None:
-    """Register `optim="stable_spam"` and `"spam"` with transformers: the names, and the optimizers they stand for.
+    """Register `optim="stable_spam"` and `"spam"` with transformers, and `FourBitConfig` as a `quantization_config`.
 
     `import hf_stablespam` calls this. transformers is not imported here: what is already loaded is taught at
     once, the rest when it is loaded. A command line parser (`HfArgumentParser`) that was built before does not
@@ -26,6 +27,7 @@ def register() -> None:
     after_import("transformers.training_args", _add_optimizer_name)
     after_import("transformers.trainer", _teach_trainer)
     after_import("transformers.trainer_callback", _teach_callback_handler)
+    after_import("transformers.quantizers.auto", teach_quantizers)
 
 
 def unregister() -> None:
@@ -46,6 +48,7 @@ def unregister() -> None:
     """
     undo_patches()
     forget_hooks()
+    forget_quantizers()
     training_args = sys.modules.get("transformers.training_args")
     if training_args is not None:
         for name in factory.BUILDERS:
