@@ -13,7 +13,7 @@ if not hasattr(transformers, "Xcodec2Model"):
     pytest.skip("this transformers has no Xcodec2Model", allow_module_level=True)
 
 
-def tiny_codec():
+def tiny_codec(levels: tuple[int, ...] = (4,) * 8):
     torch.manual_seed(0)
     semantic = transformers.Wav2Vec2BertConfig(
         **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
@@ -23,6 +23,7 @@ def tiny_codec():
         **{"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
         **{"num_key_value_heads": 2, "head_dim": 32, "encoder_hidden_size": 2, "quantization_dim": 80},
         semantic_model_config=semantic,
+        quantization_levels=levels,
     )
     codec = transformers.Xcodec2Model(config).eval()
     with torch.no_grad():  # so that random weights give more than one code

@@ -1,0 +1,1 @@
+"""What examples/speak.py is made of: voices, a codec, listeners, and the released models."""
