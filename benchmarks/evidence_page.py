@@ -1,4 +1,4 @@
-"""Writes the tables of docs/evidence.md and docs/faults.md anew from the committed results.
+"""Writes the tables of docs/evidence.md, faults.md and momentum_reset.md anew from the committed results.
 
     python benchmarks/evidence_page.py            # rewrite
     python benchmarks/evidence_page.py --check    # only say whether the pages show what the results show
@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import faults, outside_language
+from benchmarks import faults, momentum_resets, outside_language
 from benchmarks._record import RESULTS
 from benchmarks.cost_on_paper import cost_table
 from benchmarks.quality import read_record
@@ -48,6 +48,7 @@ def makers() -> dict[str, Callable[[], str]]:
     found |= {"share-of-steps": lambda: steps_table(BASE, record), "cost": cost_table}
     damaged = faults.read(RESULTS / "faults.csv")
     found |= {"faults": lambda: faults.table(damaged), "faults-bound": lambda: faults.bound_table(damaged)}
+    found["momentum-resets"] = lambda: momentum_resets.table(momentum_resets.read())
     errors = outside_language.read_record()
     for task in outside_language.TASKS:
         found[task] = lambda task=task: outside_language.table(task, errors, steps=300)

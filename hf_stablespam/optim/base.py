@@ -121,11 +121,13 @@ class MeasuringOptimizer(Optimizer):
             state_dict: what `state_dict` returned.
 
         Raises:
-            ValueError: if a parameter's state lacks what the next step needs, naming it.
+            ValueError: if a parameter's state lacks what the next step needs, naming it, or if an optimizer without
+                moments saved no state at all.
         """
         loaded: dict[str, Any] = {}
 
         def prepare(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            _check_not_stateless(state_dict)
             loaded.update(self._before_loading(state_dict))
             return loaded
 
@@ -158,6 +160,17 @@ class MeasuringOptimizer(Optimizer):
 
     def _params(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
+
+
+def _check_not_stateless(state_dict: dict[str, Any]) -> None:
+    """A run that had not begun left no state; one without moments has none either, and is told by its options."""
+    foreign = [group for group in state_dict["param_groups"] if "betas" not in group]
+    if foreign and not state_dict["state"]:
+        options = ", ".join(name for name in foreign[0] if name not in ("params", "param_names", "initial_lr"))
+        raise ValueError(
+            f"the state must be of an optimizer with moments, got that of one with the options {options} and without "
+            "any state; it was saved by another optimizer, so begin a new run from the weights alone"
+        )
 
 
 def ordered(results: list[Result], params: Iterable[Tensor]) -> dict[str, Tensor]:

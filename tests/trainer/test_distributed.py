@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from transformers import Trainer
 
-from hf_stablespam.trainer.callbacks.helpers.moments import unwrap
+from hf_stablespam.trainer.callbacks.helpers.unwrapping import unwrap
 from tests.processes import run_once, run_processes
 from tests.trainer import distributed
 

@@ -9,14 +9,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_stablespam.trainer.callbacks.helpers import accelerator_watch
 from hf_stablespam.trainer.callbacks.helpers.kept_state import KeepsState
-from hf_stablespam.trainer.callbacks.helpers.moments import count_resets, keeps_moments, reset_moments, unwrap
 from hf_stablespam.trainer.callbacks.helpers.reporting import (
     ReportsFigures,
     add_to_logs,
     is_training_log,
     report_before_others,
 )
+from hf_stablespam.trainer.callbacks.helpers.restart import Restart, restart_of
 from hf_stablespam.trainer.callbacks.helpers.step_figures import raw_gradient_norm
+from hf_stablespam.trainer.callbacks.helpers.unwrapping import unwrap
 from hf_stablespam.trainer.registration.optim_args import SPAM, STABLE_SPAM, parse_optim_args
 
 PREFIX = "momentum/"
@@ -26,10 +27,12 @@ _FEWEST_NORMS = 5  # a median of fewer says nothing about what is usual
 class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
     """Reset the optimizer's moments at chosen steps or after gradient spikes, then warm the learning rate up.
 
-    Works with every optimizer that keeps moments. With `StableSPAM` it takes the place of the optimizer's own
-    `reset_interval`, which it switches off. Steps are counted as the Trainer does, from 1, and derived from
-    `state.global_step`: a resumed run resets at the same steps. The training logs get `momentum/resets`, the resets
-    since the last log, and with a warm-up `momentum/warmup`, the factor on the learning rate at that step.
+    Works with every optimizer that keeps moments: its state begins anew, wherever it is. That the optimizer then goes
+    on like a new one is tried before training, on small tensors, and one that does not is refused. With `StableSPAM`
+    the callback takes the place of the optimizer's own `reset_interval`, which it switches off. Steps are counted as
+    the Trainer does, from 1, and derived from `state.global_step`: a resumed run resets at the same steps. The training
+    logs get `momentum/resets`, the resets since the last log, and with a warm-up `momentum/warmup`, the factor on the
+    learning rate at that step.
 
     A reset by another callback, at a stage of `AdaptPruneCallback`, is counted and warmed up from like its own.
 
@@ -44,16 +47,17 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
             moments (ΔT in the paper); `None` for never.
         at: single steps to reset at, likewise.
         on_spike: reset when the norm of the whole gradient (before the Trainer's clipping) exceeds this many times
-            its running median. The reset comes after that step, so that the spike leaves the moments with it: it
-            would otherwise dominate the fresh second moment for a long time. Reads one number from the device per
-            step. `None` for never.
+            its running median. The reset comes between that step and the next, so that the spike leaves the moments
+            with it: it would otherwise dominate the fresh second moment for a long time. Reads one number from the
+            device per step. `None` for never.
         warmup_steps: update steps of the warm-up after each reset; 0 for none.
         spike_window: update steps that the running median covers.
         spike_pause: update steps after a spike's reset in which no other spike resets.
 
     Raises:
         ValueError: an argument out of range, nothing to reset at, or a warm-up that would never end; at the start
-            of training an optimizer without moments, a second such callback, or `reset_interval` in `optim_args`.
+            of training an optimizer without moments, or one that cannot be reset whole, a second such callback, or
+            `reset_interval` in `optim_args`.
 
     Example:
         >>> callback = MomentumResetCallback(every=500, warmup_steps=50)
@@ -89,7 +93,7 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
         self.last_outside = 0  # the last step at whose end another callback had the moments reset
         self.unlogged_resets = 0
         self._resets_seen = 0
-        self._run: tuple[Any, TrainerState] | None = None  # the optimizer and the state of the present run
+        self._run: tuple[Restart, TrainerState] | None = None  # what resets, and the state of the present run
         self._factor = 1.0  # on the learning rate of the current step
         self._schedule_lrs: list[Any] | None = None  # while a warm-up has changed them
 
@@ -105,22 +109,25 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._check_sole_owner(args, state)
 
+    def before_loading(self, optimizer: Any) -> None:
+        """Learn how the optimizer is reset, and that it can be, before a checkpoint is loaded into it.
+
+        Raises:
+            ValueError: from `restart_of`.
+        """
+        restart_of(optimizer)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._check_sole_owner(args, state)
-        optimizer = unwrap(kwargs["optimizer"])
-        if not keeps_moments(optimizer):
-            raise ValueError(
-                f"MomentumResetCallback needs an optimizer that keeps moments, got {type(optimizer).__name__}; "
-                "remove the callback, or use an optimizer such as stable_spam or adamw_torch"
-            )
+        self.before_loading(kwargs["optimizer"])
         # Here and not earlier: loading a checkpoint has just brought back the interval that was saved.
-        for group in optimizer.param_groups:
+        for group in unwrap(kwargs["optimizer"]).param_groups:
             if "reset_interval" in group:
                 group["reset_interval"] = None
         self._restore(state)
-        self._run, self._resets_seen = (optimizer, state), count_resets(optimizer)
+        self._run, self._resets_seen = (restart_of(kwargs["optimizer"]), state), restart_of(kwargs["optimizer"]).resets
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -133,7 +140,11 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
     ) -> None:
         step = state.global_step + 1
         if self._is_scheduled(step):
-            self._reset(kwargs["optimizer"])
+            self.unlogged_resets += 1
+        if self._is_scheduled(step) or (self.last_spike and self.last_spike == step - 1):
+            restart = restart_of(kwargs["optimizer"])
+            restart.reset()
+            self._resets_seen = restart.resets
         self._factor = self._warmup_factor(step)
         if self._factor < 1:
             groups = kwargs["optimizer"].param_groups
@@ -152,8 +163,9 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
         if self.on_spike is not None and self._is_spike(
             float(raw_gradient_norm(kwargs["model"], kwargs["optimizer"])), state.global_step + 1
         ):
+            # The reset itself comes before the next step: a checkpoint of now would otherwise hold no state at all.
             self.last_spike = state.global_step + 1
-            self._reset(kwargs["optimizer"])
+            self.unlogged_resets += 1
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
@@ -190,16 +202,11 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
         self.unlogged_resets = saved.get("unlogged_resets", 0)
         self._factor, self._schedule_lrs = 1.0, None
 
-    def _reset(self, optimizer: Any) -> None:
-        reset_moments(optimizer)
-        self._resets_seen = count_resets(optimizer)
-        self.unlogged_resets += 1
-
     def _notice_resets(self) -> None:
         """Count resets that others asked for, at the beginning of a stage of pruning for example."""
-        if self._run is not None and count_resets(self._run[0]) > self._resets_seen:
-            self.unlogged_resets += count_resets(self._run[0]) - self._resets_seen
-            self._resets_seen = count_resets(self._run[0])
+        if self._run is not None and self._run[0].resets > self._resets_seen:
+            self.unlogged_resets += self._run[0].resets - self._resets_seen
+            self._resets_seen = self._run[0].resets
             self.last_outside = self._run[1].global_step
 
     def _is_scheduled(self, step: int) -> bool:

@@ -6,7 +6,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_stablespam.optim import stabilize
 from hf_stablespam.optim.stabilizer import check_stabilize_options
-from hf_stablespam.trainer.callbacks.helpers.moments import unwrap
+from hf_stablespam.trainer.callbacks.helpers.unwrapping import unwrap
 from hf_stablespam.trainer.registration.factory import warn_of_global_clipping
 
 

@@ -102,6 +102,7 @@ def teach_trainer(trainer_cls: "type[Trainer]") -> None:
     """Teach `Trainer`, and so every subclass, what `optim` means for the names of `BUILDERS`. Twice is harmless."""
     patch(trainer_cls, "get_optimizer_cls_and_kwargs", _knowing)
     patch(trainer_cls, "create_scheduler", _resolving_auto)
+    patch(trainer_cls, "_load_optimizer_and_scheduler", _comparing)
 
 
 def teach_callback_handler(handler_cls: type) -> None:
@@ -126,15 +127,30 @@ def _resolving_auto(original: Any) -> Any:
     return create_scheduler
 
 
+def _comparing(original: Any) -> Any:
+    # The one place at which the optimizer is prepared and the checkpoint is not yet loaded into it.
+    def _load_optimizer_and_scheduler(self: "Trainer", checkpoint: Any) -> Any:
+        if checkpoint is None or self.optimizer is None:
+            return original(self, checkpoint)
+        from hf_stablespam.trainer.registration.resume import comparing_with_checkpoint
+
+        with comparing_with_checkpoint(self):
+            return original(self, checkpoint)
+
+    return _load_optimizer_and_scheduler
+
+
 def _preparing(original: Any) -> Any:
     # Here the checkpoint is loaded, and every Trainer comes by: one with a `create_scheduler` of its own too.
     def on_train_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         # Imported here, because registering must import neither torch nor accelerate.
         from hf_stablespam.trainer.callbacks.helpers import accelerator_watch
+        from hf_stablespam.trainer.registration.resume import note_names
 
         resolve_decay_steps(self.optimizer, state.max_steps, done=state.global_step)
         if self.optimizer is not None:
             accelerator_watch.watch_ours(self.optimizer)
+            note_names(self.optimizer, self.model)
         return original(self, args, state, control, **kwargs)
 
     return on_train_begin

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_stablespam.trainer.callbacks.helpers.moments import reset_moments, unwrap
+from hf_stablespam.trainer.callbacks.helpers.restart import reset_moments
+from hf_stablespam.trainer.callbacks.helpers.unwrapping import unwrap
 
 KEEP, RESET = "keep", "reset"
 # AdaGN's history is of the norm of the larger matrix. Of equal entries a share of n has √n of the norm.

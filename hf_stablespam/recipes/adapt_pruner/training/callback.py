@@ -26,6 +26,7 @@ from hf_stablespam.trainer.callbacks.helpers.reporting import (
     is_training_log,
     report_before_others,
 )
+from hf_stablespam.trainer.callbacks.helpers.restart import learn_to_reset
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +137,15 @@ class AdaptPruneCallback(KeepsState, SavesWidths):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         refuse_arguments(args)
 
+    def before_loading(self, optimizer: Any) -> None:
+        """Learn how the optimizer is reset, before a checkpoint is loaded into it.
+
+        Raises:
+            ValueError: it cannot be reset whole.
+        """
+        if self.optimizer_state == RESET:
+            learn_to_reset(optimizer)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -153,6 +163,7 @@ class AdaptPruneCallback(KeepsState, SavesWidths):
             check_target(model, target, self.options)
         if self.calibration is None and self.cuts < len(self._steps):
             TrainBatches.of_loader(kwargs["train_dataloader"])  # for its error, before any training
+        self.before_loading(kwargs["optimizer"])
         self._cut_if_due(args, state, kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 
 from hf_stablespam.trainer.callbacks.helpers.clipping import can_clip, clip, coefficient
-from hf_stablespam.trainer.callbacks.helpers.moments import unwrap
+from hf_stablespam.trainer.callbacks.helpers.unwrapping import unwrap
 from hf_stablespam.trainer.patching import patch
 
 _NORM = "_hf_stablespam_norm"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hf_stablespam.monitor.norms import Shards
 from hf_stablespam.monitor.window import global_norm
 from hf_stablespam.trainer.callbacks.helpers import accelerator_watch
-from hf_stablespam.trainer.callbacks.helpers.moments import unwrap
+from hf_stablespam.trainer.callbacks.helpers.unwrapping import unwrap
 
 # Our figure ← the name in `StableSPAM.statistics`.
 _FROM_STATISTICS = {
