@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_stablespam import FourBitConfig, convert_to_4bit, export_4bit, export_gguf, restore_linear
+from hf_stablespam import FourBitConfig, convert_to_4bit, restore_linear
 from hf_stablespam.quant.experts import FourBitExperts, is_experts, weight_names
 from hf_stablespam.quant.linear import fixed_weights
 from hf_stablespam.quant.parameter_counts import parameter_counts
@@ -276,17 +276,6 @@ def test_weights_that_are_quantized_already_are_refused() -> None:
     experts.down_proj = nn.Parameter(torch.zeros(4, 32, 32, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TypeError, match=r"down_proj of Qwen3MoeExperts must be floating-point .*torch.int8"):
         convert_to_4bit(model, FourBitConfig(group_size=32))
-
-
-def test_an_export_that_would_leave_experts_unrounded_is_refused(tmp_path) -> None:
-    model = convert_to_4bit(mixture(), FourBitConfig(group_size=32))
-    for export, message in (
-        (export_4bit, r"1 blocks of experts have no packed form yet: model.layers.0.mlp.experts;"),
-        (export_gguf, r"gate_up_proj holds the weights of 4 experts, which are not written as GGUF"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            export(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("convert_first", [True, False])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_stablespam.quant.config import FourBitConfig
-from hf_stablespam.quant.experts import FourBitExperts
+from hf_stablespam.quant.export.experts import four_bit_experts, stays_unpacked
 from hf_stablespam.quant.export.packing import KERNEL_GROUPS, fitting_groups
 from hf_stablespam.quant.formats import FORMATS, ScaleKind, get_format
 from hf_stablespam.quant.linear import FourBitLinear
@@ -33,27 +33,24 @@ def check_packable(
         raise ImportError("export_4bit needs compressed-tensors; install it with: pip install 'hf_stablespam[export]'")
     if hasattr(model, "peft_config"):
         raise ValueError("a PEFT model cannot be packed; merge the adapter first: model = model.merge_and_unload()")
-    layers = four_bit_layers(model)
-    if not layers:
+    layers, experts = four_bit_layers(model), four_bit_experts(model)
+    if not layers and not experts:
         raise ValueError("the model is not converted to 4 bits; call convert_to_4bit(model, config) first")
     if not hasattr(model, "save_pretrained"):
         raise ValueError(f"model must be a transformers model with save_pretrained, got {type(model).__name__}")
-    refuse_experts(model)
-    config = next(iter(layers.values())).four_bit
+    config: FourBitConfig = next(module.four_bit for part in (layers, experts) for module in part.values())
     _check_format(config, dtype)
     _check_ties(model, layers)
     if not leave_unpackable:
         _check_groups(layers, _group_size(config))
+        why = stays_unpacked(model, config, _group_size(config))
+        if why is not None:
+            raise ValueError(
+                f"the experts cannot be packed: {why}; train with weight='int4' or 'mxfp4' and a group_size that fits,"
+                " name 'experts' in modules_to_not_convert, or pass leave_unpackable=True to store them rounded, in"
+                " bfloat16"
+            )
     return config
-
-
-def refuse_experts(model: nn.Module) -> None:
-    names = [name for name, module in model.named_modules() if isinstance(module, FourBitExperts)]
-    if names:
-        raise ValueError(
-            f"{len(names)} blocks of experts have no packed form yet: {', '.join(names)}; train with "
-            "modules_to_not_convert=('lm_head', 'experts'), or without export"
-        )
 
 
 def four_bit_layers(model: nn.Module) -> dict[str, FourBitLinear]:

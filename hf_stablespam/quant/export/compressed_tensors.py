@@ -22,6 +22,7 @@ from hf_stablespam.quant.export.checks import (
     four_bit_layers,
     unpackable,
 )
+from hf_stablespam.quant.export.experts import expert_tensors, four_bit_experts, pack_experts, stays_unpacked
 from hf_stablespam.quant.export.packing import compressed_tensors_scheme, pack_weight
 from hf_stablespam.quant.linear import FourBitLinear
 from hf_stablespam.quant.scales import tensor_scale
@@ -89,12 +90,20 @@ def export_4bit(
             if name in amax:
                 packed["input_global_scale"] = (1.0 / tensor_scale(amax[name])).reshape(1)
             tensors.update({f"{prefix}{key}": value.contiguous() for key, value in packed.items()})
+    rounds_experts = stays_unpacked(model, config, quantizer.group_size) is not None
+    tensors.update(expert_tensors(model, dtype, rounded=rounds_experts))
     if is_main_process:
-        _save(model, Path(directory), tensors, _quantization_config(model, scheme, unpacked), dtype)
+        _save(model, Path(directory), tensors, _quantization_config(model, scheme, unpacked), dtype, rounds_experts)
+        if four_bit_experts(model) and not rounds_experts:
+            rounds_experts = not pack_experts(Path(directory), model, quantizer, scheme, dtype)
         if processing_class is not None:
             processing_class.save_pretrained(directory)
         packed_count = len(layers) - len(unpacked)
-        announce(logger, "exported %d packed and %d unpacked layers to %s", packed_count, len(unpacked), directory)
+        announce(
+            logger,
+            "exported %d packed and %d unpacked layers%s to %s",
+            *(packed_count, len(unpacked), _of_experts(model, rounds_experts), directory),
+        )
 
 
 def _state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -128,15 +137,30 @@ def _quantization_config(model: nn.Module, scheme: Any, unpacked: set[str]) -> d
     return json.loads(config.model_dump_json(exclude_none=True))
 
 
+def _of_experts(model: nn.Module, rounded: bool) -> str:
+    count = len(four_bit_experts(model))
+    return f" and {count} blocks of experts, {'rounded but not packed' if rounded else 'packed'}," if count else ""
+
+
 def _save(
-    model: nn.Module, directory: Path, tensors: dict[str, Tensor], quantization: dict[str, Any], dtype: torch.dtype
+    model: nn.Module,
+    directory: Path,
+    tensors: dict[str, Tensor],
+    quantization: dict[str, Any],
+    dtype: torch.dtype,
+    own_names: bool,
 ) -> None:
-    """Let the model save itself with other tensors, and correct what its config says about them."""
+    """Let the model save itself with other tensors, and correct what its config says about them.
+
+    With `own_names` under its parameters' names, and not those of the family's checkpoints: one by one rounded experts
+    would be dropped while loading.
+    """
     config: Any = model.config
     before = getattr(config, "quantization_config", None)
     config.quantization_config = quantization
     try:
-        model.save_pretrained(directory, state_dict=tensors)  # type: ignore[operator]
+        how = {"save_original_format": False} if own_names else {}
+        model.save_pretrained(directory, state_dict=tensors, **how)  # type: ignore[operator]
     finally:
         if before is None:
             del config.quantization_config

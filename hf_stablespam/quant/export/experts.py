@@ -1,0 +1,101 @@
+"""The experts of a mixture in a packed checkpoint.
+
+A checkpoint of most mixtures holds one matrix for each expert (``…experts.3.down_proj.weight``), which transformers
+puts together while loading and takes apart while saving. Each of them is packed as a linear layer's weight is, after
+the model has written itself. Families whose checkpoints hold all experts in one tensor (GPT-OSS, Granite), and formats
+whose packed experts transformers does not read right, get the rounded numbers under the model's own names instead.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_stablespam._sharded import full
+from hf_stablespam.quant.config import FourBitConfig
+from hf_stablespam.quant.experts import FourBitExperts, weight_names
+from hf_stablespam.quant.export.packing import pack_weight
+from hf_stablespam.quant.quantizer import Quantizer
+
+ONE_EXPERT = re.compile(r"\.experts\.\d+\.[^.]+\.weight$")
+# transformers ignores the global scales of packed NVFP4 experts, and has no zero points for them.
+READ_RIGHT = ("int4", "fp4_e1m2", "mxfp4")
+
+
+def four_bit_experts(model: nn.Module) -> dict[str, FourBitExperts]:
+    """The model's converted blocks of experts by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FourBitExperts)}
+
+
+def stays_unpacked(model: nn.Module, config: FourBitConfig, group_size: int) -> str | None:
+    """Why the experts are stored as rounded numbers and not packed; `None` where they are packed, or there are none."""
+    experts = four_bit_experts(model)
+    if experts and config.weight not in READ_RIGHT:
+        return f"transformers does not read packed experts in {config.weight} right"
+    for name, block in experts.items():
+        for width in _inputs(block):
+            if width % group_size:
+                return f"{name} has rows of {width}, which groups of {group_size} do not divide"
+    return None
+
+
+def expert_tensors(model: nn.Module, dtype: torch.dtype, rounded: bool) -> dict[str, Tensor]:
+    """What stands for the experts in a state dict: numbers on the 4-bit grid in `dtype`, or else the master weights."""
+    tensors = {}
+    for block_name, block in four_bit_experts(model).items():
+        for name in weight_names(block):
+            tensor = block.quantized(name, dtype) if rounded else getattr(block, name).detach()
+            tensors[f"{block_name}.{name}"] = full(tensor).contiguous()
+    return tensors
+
+
+def pack_experts(folder: Path, model: nn.Module, quantizer: Quantizer, scheme: Any, dtype: torch.dtype) -> bool:
+    """Replace each expert's matrix in a written checkpoint by its packed form, and say whether there were any.
+
+    Where the family's checkpoints hold all experts in one tensor, the rounded numbers take its place.
+    """
+    rounded = expert_tensors(model, dtype, rounded=True)
+    places: dict[str, str] = {}
+    packed = 0
+    from safetensors.torch import load_file, save_file
+
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in load_file(file).items():
+            if ONE_EXPERT.search(name) and tensor.ndim == 2:
+                parts = pack_weight(tensor, quantizer, None, scheme)
+                prefix = name.removesuffix("weight")
+                tensors.update({f"{prefix}{key}": value.contiguous() for key, value in parts.items()})
+                packed += 1
+            else:
+                tensors[name] = rounded.pop(name, tensor)
+        save_file(tensors, file, metadata={"format": "pt"})
+        places.update(dict.fromkeys(tensors, file.name))
+    _rewrite_index(folder, places)
+    expected = sum(block.num_experts * (3 if block.has_gate else 2) for block in four_bit_experts(model).values())
+    if packed not in (0, expected) or (packed == 0 and rounded):  # rounded: what no tensor of the file has taken
+        raise RuntimeError(
+            f"{packed} of {expected} experts' matrices were found in what {type(model).__name__} wrote; this family's "
+            "checkpoints are not known: train with modules_to_not_convert=('lm_head', 'experts')"
+        )
+    return packed > 0
+
+
+def _inputs(block: FourBitExperts) -> list[int]:
+    """Widths of the rows that groups run along."""
+    dim = 1 if block.is_transposed else 2
+    return [getattr(block, name).shape[dim] for name in weight_names(block)]
+
+
+def _rewrite_index(folder: Path, places: dict[str, str]) -> None:
+    path = folder / "model.safetensors.index.json"
+    if path.exists():
+        index = json.loads(path.read_text())
+        index["weight_map"] = places
+        index["metadata"]["total_size"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,101 @@
+"""Mixtures in packed checkpoints: plain `from_pretrained` gives the logits of training."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from hf_stablespam import FourBitConfig, convert_to_4bit, export_4bit, export_gguf
+from tests.quant.test_experts import FAMILIES, TOKENS, experts_of, mixture
+
+pytest.importorskip("compressed_tensors", reason="export needs it; install the extra 'export'")
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+PACKED = {"int4": FourBitConfig(group_size=32), "mxfp4": FourBitConfig(weight="mxfp4", activation="mxfp4")}
+ROUNDED = {"nvfp4": FourBitConfig.nvfp4(), "int4_asym": FourBitConfig(weight="int4_asym", group_size=32)}
+
+
+def trained(config: FourBitConfig, family: str = "qwen3_moe", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """A model in bfloat16 (its parameters: the rotary buffer stays), or with float32 masters."""
+    model = convert_to_4bit(mixture(family), config).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def expert_names(folder) -> list[str]:
+    names: list[str] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        names += [name for name in load_file(file) if "experts" in name]
+    return names
+
+
+def weight_only(model: nn.Module) -> nn.Module:
+    """What a weight-only engine computes: the trained weights, activations as they are."""
+    for module in model.modules():
+        if hasattr(module, "recipe"):
+            module.recipe = module.recipe._replace(activation=None)
+    return model
+
+
+def reloaded_logits(folder, **options) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options).eval()
+    model.set_experts_implementation("grouped_mm")
+    return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("name", [*PACKED, *ROUNDED])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plain_reload_has_the_trained_logits(tmp_path, family: str, name: str) -> None:
+    config = {**PACKED, **ROUNDED}[name]
+    model = trained(config, family)
+    export_4bit(model, tmp_path, leave_unpackable=name in ROUNDED)
+    # Zero points load only so, those of linear layers too.
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if name == "int4_asym" else {}
+    torch.testing.assert_close(reloaded_logits(tmp_path, **options), weight_only(model)(TOKENS).logits, rtol=0, atol=0)
+    names = expert_names(tmp_path)
+    packs = name in PACKED and family != "gpt_oss"  # whose checkpoints hold all experts in one tensor
+    assert sum(other.endswith(".weight_packed") for other in names) == (12 if packs else 0)
+    assert not any(other.endswith(".weight") for other in names)
+
+
+def test_float32_masters_and_several_files(tmp_path) -> None:
+    """The weights packed are rounded from the masters, and not from their bfloat16 copies."""
+    model = trained(PACKED["int4"], dtype=torch.float32)
+    original = model.save_pretrained
+    model.save_pretrained = lambda folder, **options: original(folder, max_shard_size="8KB", **options)
+    export_4bit(model, tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name in ("gate_up_proj", "down_proj"):
+        assert torch.equal(getattr(experts_of(again), name), experts_of(model).quantized(name, torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ROUNDED["nvfp4"], "transformers does not read packed experts in nvfp4 right"),
+        (ROUNDED["int4_asym"], "transformers does not read packed experts in int4_asym right"),
+        (FourBitConfig(group_size=64), "layers cannot be packed: .* has 32 inputs"),
+        (
+            FourBitConfig(group_size=64, target_modules=("experts",)),
+            r"the experts cannot be packed: .*\.experts has rows of 32, which groups of 64 do not divide",
+        ),
+    ],
+)
+def test_experts_without_a_packed_form_are_refused_unless_asked_for(tmp_path, config, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        export_4bit(trained(config), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mixture_whose_experts_alone_are_converted(tmp_path) -> None:
+    model = trained(FourBitConfig(group_size=32, target_modules=("experts",)))
+    export_4bit(model, tmp_path)
+    assert torch.equal(reloaded_logits(tmp_path), weight_only(model)(TOKENS).logits)
+
+
+def test_gguf_refuses_experts(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"gate_up_proj holds the weights of 4 experts, which are not written as GGUF"):
+        export_gguf(trained(PACKED["int4"]), tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
