@@ -47,6 +47,7 @@ class Run:
     freeze_epochs: int = 3
     calibrate: bool = True
     learning_rate: float = 2e-3
+    pretraining_steps: int = 500
     seed: int = 0
 
     @property
@@ -55,7 +56,7 @@ class Run:
 
 
 def all_runs(seeds: tuple[int, ...]) -> Iterator[Run]:
-    """Seed by seed: optimizers and precisions, then LAE's parts, then the methods."""
+    """Seed by seed: optimizers and precisions, then LAE's parts, the methods, and a backbone that knows nothing."""
     for seed in seeds:
         for precision in ("full", "int4"):
             for optimizer in ("adamw_torch", "stable_spam"):
@@ -66,19 +67,21 @@ def all_runs(seeds: tuple[int, ...]) -> Iterator[Run]:
         for method in ("adapter", "prefix"):
             for algorithm in ("naive", "lae"):
                 yield Run(algorithm, method=method, seed=seed)
+        for algorithm in ("naive", "lae"):
+            yield Run(algorithm, pretraining_steps=0, seed=seed)
 
 
 @lru_cache(maxsize=1)
-def start(seed: int) -> tuple[nn.Module, list[Task]]:
+def start(seed: int, steps: int) -> tuple[nn.Module, list[Task]]:
     """The pretrained backbone and the tasks of a seed."""
     pretraining, tasks = digit_tasks(seed, classes_per_task=2)
     with TemporaryDirectory() as folder:
-        return pretrained_vit(pretraining, ScriptArguments().pretraining_steps, Path(folder), seed).vit, tasks
+        return pretrained_vit(pretraining, steps, Path(folder), seed).vit, tasks
 
 
 def rows_of(run: Run) -> list[dict[str, Any]]:
     """One row for each answer."""
-    backbone, tasks = start(run.seed)
+    backbone, tasks = start(run.seed, run.pretraining_steps)
     script = ScriptArguments(
         method=run.method,
         num_freeze_epochs=run.freeze_epochs,
