@@ -81,22 +81,10 @@ def pretrained_vit(data: Any, steps: int, folder: Path, seed: int) -> nn.Module:
         )
     )
     args = TrainingArguments(
-        str(folder / "pretraining"),
-        **{
-            "max_steps": max(1, steps),
-            "per_device_train_batch_size": 64,
-            "learning_rate": 2e-3,
-            "warmup_steps": steps // 4,
-        },
-        **{
-            "learning_rate": 2e-3,
-            "lr_scheduler_type": "cosine",
-            "optim": "adamw_torch",
-            "save_strategy": "no",
-            "report_to": "none",
-        },
-        **{"seed": seed, "dataloader_pin_memory": False, "logging_strategy": "no"},
-    )
+        str(folder / "pretraining"), max_steps=max(1, steps), per_device_train_batch_size=64, learning_rate=2e-3,
+        warmup_steps=steps // 4, lr_scheduler_type="cosine", optim="adamw_torch", seed=seed, save_strategy="no",
+        logging_strategy="no", report_to="none", dataloader_pin_memory=False,
+    )  # fmt: skip
     if steps:
         Trainer(model, args, train_dataset=data).train()
     return model.cpu()

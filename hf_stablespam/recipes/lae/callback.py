@@ -85,6 +85,7 @@ class LAECallback(TrainerCallback):
         self.online = online
         self.offline = offline
         self._offline_is_new = False
+        self._experts: tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]] = ([], [])  # online, offline
         self._frozen = False
         self._skipped: torch.Tensor | int = 0
 
@@ -146,6 +147,8 @@ class LAECallback(TrainerCallback):
         check_experts(model.peft_model, self.online, self.offline)
         if state.global_step == 0 and self.task == 1:
             copy_expert(model.peft_model, self.online, self.offline)
+        online, offline = (adapter_parameters(model.peft_model, name) for name in (self.online, self.offline))
+        self._experts = list(online.values()), [offline[key] for key in online]
         share = self.ema_decay**state.max_steps
         if share > STALE_SHARE:
             logger.warning(
@@ -163,18 +166,15 @@ class LAECallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
     ) -> None:
         if self._frozen and model.stop_features_gradient:
-            for parameter in adapter_parameters(model.peft_model, self.online).values():
+            for parameter in self._experts[0]:
                 parameter.grad = None
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
     ) -> None:
-        if self.task == 0:
-            return
-        online = adapter_parameters(model.peft_model, self.online)
-        offline = adapter_parameters(model.peft_model, self.offline)
-        finite = update_average([offline[key] for key in online], list(online.values()), self.ema_decay)
-        self._skipped = self._skipped + ~finite
+        if self.task > 0:
+            online, offline = self._experts
+            self._skipped = self._skipped + ~update_average(offline, online, self.ema_decay)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
@@ -229,6 +229,11 @@ def _check_model(model: Any, args: TrainingArguments) -> None:
         )
     if fsdp_version(args) is not None or zero_stage(args) > 0:
         raise ValueError("LAECallback averages whole adapters and does not work with FSDP or DeepSpeed ZeRO; use DDP")
+    if args.label_smoothing_factor > 0:
+        raise ValueError(
+            f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}: the Trainer's smoothed loss knows "
+            "nothing of a task's classes"
+        )
 
 
 def _check_optimizer(model: LAEModel, optimizer: Any) -> None:

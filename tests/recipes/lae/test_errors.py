@@ -100,6 +100,11 @@ def test_sharded_parameters_are_refused(tmp_path, monkeypatch):
         trainer_of(model, tmp_path, LAECallback(0))
 
 
+def test_the_trainers_own_smoothed_loss_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"label_smoothing_factor must be 0, got 0.1"):
+        trainer_of(vit_model(), tmp_path, LAECallback(0), label_smoothing_factor=0.1)
+
+
 def test_a_task_is_trained_once(tmp_path):
     model = vit_model()
     train_task(model, tmp_path)

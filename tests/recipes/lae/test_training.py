@@ -190,6 +190,17 @@ def test_a_step_with_a_non_finite_expert_is_left_out_of_the_average(tmp_path, ca
     assert all(value.isfinite().all() for value in record.offline[-1].values())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast_trains_every_method(method, tmp_path):
+    model = vit_model(method)
+    train_task(model, tmp_path, bf16=True)
+    model.classifier.add_task(2)
+    before = copies(model, "default")
+    trainer = train_task(model, tmp_path, 1, bf16=True, lae={"num_freeze_epochs": 1})
+    assert 0 < trainer.state.log_history[-1]["train_loss"] < 2
+    assert not same(copies(model, "default"), before)
+
+
 def test_a_bfloat16_expert_is_averaged_in_float32(tmp_path):
     model = vit_model()
     model.peft_model.to(torch.bfloat16)
