@@ -24,6 +24,7 @@ from hf_stablespam.quant.export.checks import (
 )
 from hf_stablespam.quant.export.experts import expert_tensors, four_bit_experts, pack_experts, stays_unpacked
 from hf_stablespam.quant.export.packing import compressed_tensors_scheme, pack_weight
+from hf_stablespam.quant.export.widths import write_widths
 from hf_stablespam.quant.linear import FourBitLinear
 from hf_stablespam.quant.scales import tensor_scale
 
@@ -46,6 +47,8 @@ def export_4bit(
     Plain ``AutoModelForCausalLM.from_pretrained(directory)`` loads it (with compressed-tensors installed), as do
     inference engines. In bfloat16 its weights are exactly those that the forward pass of training used. (transformers
     before 5 rounds NVFP4's global scale while loading, and cannot load ``int4_asym``.)
+
+    A pruned model whose layers differ in width is for `load_pruned` of `hf_stablespam.recipes.adapt_pruner` instead.
 
     Args:
         model: a transformers model converted by `convert_to_4bit`; it is not changed.
@@ -170,3 +173,4 @@ def _save(
     written = json.loads(path.read_text())
     written["torch_dtype" if "torch_dtype" in written else "dtype"] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+    write_widths(config, directory)

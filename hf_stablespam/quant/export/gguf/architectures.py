@@ -8,11 +8,13 @@ activation llama.cpp computes. Every row is tested in llama.cpp against transfor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from hf_stablespam.quant.export.widths import head_width, layer_widths
 
 SILU, TANH_GELU = ("silu",), ("gelu_pytorch_tanh",)
 
@@ -33,6 +35,8 @@ class Architecture:
         tensor_scales: llama.cpp multiplies by the scale of a whole tensor, which NVFP4 needs.
         scalars: field of the config → name of the metadata's setter in `gguf.GGUFWriter`.
         fixed: field of the config → the only value that llama.cpp computes with.
+        full_heads: llama.cpp takes it that all heads together are as wide as the model.
+        by_layer: llama.cpp's name for the same with layers of unequal widths; empty: it has none.
     """
 
     name: str
@@ -44,6 +48,8 @@ class Architecture:
     tensor_scales: bool = False
     scalars: tuple[tuple[str, str], ...] = ()
     fixed: tuple[tuple[str, Any], ...] = ()
+    full_heads: bool = False
+    by_layer: str = ""
 
 
 _SOFTCAPS = (
@@ -58,11 +64,11 @@ _GRANITE = (
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "LlamaForCausalLM": Architecture("llama", interleaved=True, tensor_scales=True),
-    "MistralForCausalLM": Architecture("llama", interleaved=True, tensor_scales=True),
+    "LlamaForCausalLM": Architecture("llama", interleaved=True, tensor_scales=True, by_layer="deci"),
+    "MistralForCausalLM": Architecture("llama", interleaved=True, tensor_scales=True, by_layer="deci"),
     "SmolLM3ForCausalLM": Architecture("smollm3", interleaved=True, fixed=(("no_rope_layer_interval", 4),)),
     "GraniteForCausalLM": Architecture("granite", interleaved=True, scalars=_GRANITE),
-    "Qwen2ForCausalLM": Architecture("qwen2"),
+    "Qwen2ForCausalLM": Architecture("qwen2", full_heads=True),
     "Qwen3ForCausalLM": Architecture("qwen3", tensor_scales=True),
     "Olmo2ForCausalLM": Architecture("olmo2"),
     "Phi3ForCausalLM": Architecture("phi3", fixed=(("partial_rotary_factor", 1.0),)),
@@ -107,7 +113,26 @@ def architecture_of(model: Any) -> Architecture:
     if architecture.sliding_pattern and (types := getattr(config, "layer_types", None)):
         _check_layer_types(types, architecture)
     rope_parameters(config)
+    widths = layer_widths(model)
+    if widths.unequal:
+        return _with_unequal_widths(architecture)
+    needed = config.hidden_size // width
+    if architecture.full_heads and widths.heads != needed:
+        raise ValueError(
+            f"llama.cpp's {architecture.name!r} needs {needed} heads, got {widths.heads}; prune with"
+            " prune_attention=False"
+        )
     return architecture
+
+
+def _with_unequal_widths(architecture: Architecture) -> Architecture:
+    """The architecture under which llama.cpp reads a width for each layer."""
+    if not architecture.by_layer:
+        raise ValueError(
+            f"the layers have unequal widths, for which llama.cpp's {architecture.name!r} has no form (those of Llama"
+            " and Mistral have one); prune with equal_widths=True"
+        )
+    return replace(architecture, name=architecture.by_layer, tensor_scales=False)
 
 
 def _check_layer_types(types: list[str], architecture: Architecture) -> None:
@@ -121,11 +146,6 @@ def _check_layer_types(types: list[str], architecture: Architecture) -> None:
 
 
 _NO_REMEDY = "export it for another engine: export_4bit"
-
-
-def head_width(config: Any) -> int:
-    """Numbers of an attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def rope_parameters(config: Any) -> dict[str, Any]:
@@ -162,13 +182,13 @@ def add_metadata(writer: Any, model: Any, architecture: Architecture) -> None:
         architecture: from `architecture_of`.
     """
     config = model.config
-    heads, width = config.num_attention_heads, head_width(config)
+    widths, width = layer_widths(model), head_width(config)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(context_length(config, architecture))
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or heads)
+    writer.add_feed_forward_length(widths.feed_forward)
+    writer.add_head_count(widths.heads)
+    writer.add_head_count_kv(widths.kv_heads)
     writer.add_key_length(width)
     writer.add_value_length(width)
     writer.add_vocab_size(model.get_input_embeddings().weight.shape[0])

@@ -15,6 +15,7 @@ from hf_stablespam.quant.export.checks import four_bit_layers
 from hf_stablespam.quant.export.gguf.architectures import Architecture, interleave, rope_factors
 from hf_stablespam.quant.export.gguf.blocks import TYPES, nvfp4_scales, pack
 from hf_stablespam.quant.export.gguf.writer import TensorPlan, to_numpy
+from hf_stablespam.quant.export.widths import head_width
 from hf_stablespam.quant.linear import FourBitLinear
 from hf_stablespam.quant.matmul import quantize_weight
 from hf_stablespam.quant.quantizer import quantize
@@ -59,10 +60,8 @@ def tensor_plans(model: Any, architecture: Architecture, embedding: str = "q8_0"
 
 def _row_order(key: str, config: Any, architecture: Architecture) -> Callable[[Tensor], Tensor]:
     """What to do with the rows of a parameter."""
-    if architecture.interleaved and ".q_proj." in key:
-        return partial(interleave, heads=config.num_attention_heads)
-    if architecture.interleaved and ".k_proj." in key:
-        return partial(interleave, heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    if architecture.interleaved and (".q_proj." in key or ".k_proj." in key):
+        return lambda rows: interleave(rows, rows.shape[0] // head_width(config))
     return lambda rows: rows
 
 

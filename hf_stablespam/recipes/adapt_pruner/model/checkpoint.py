@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,20 +10,12 @@ from typing import Any
 import transformers
 from torch import nn
 
+from hf_stablespam.quant.export.widths import FILE, read_widths, write_widths
 from hf_stablespam.recipes.adapt_pruner.model.layers import find_layers
 from hf_stablespam.recipes.adapt_pruner.model.optimizer_state import OptimizerSurgeon
 from hf_stablespam.recipes.adapt_pruner.model.surgery import checked, cut_layers
-from hf_stablespam.recipes.adapt_pruner.model.widths import note_widths, unequal, widths_of
+from hf_stablespam.recipes.adapt_pruner.model.widths import note_widths, widths_of
 from hf_stablespam.recipes.adapt_pruner.plan import LayerPlan, PruningPlan
-
-FILE = "pruning.json"
-_CONFIG = "config.json"
-# What stands in config.json in the place of a number that differs between the layers: whoever reads it as a number
-# says this text in its error, before any weight is loaded, or worse, made anew.
-_MESSAGE = (
-    "differs between the layers of this pruned model: load it with hf_stablespam.recipes.adapt_pruner.load_pruned"
-)
-_FIELDS = {"intermediate_size": ("intermediate_size",), "kv_heads": ("num_key_value_heads", "num_attention_heads")}
 
 
 def save_pruned(
@@ -32,10 +23,11 @@ def save_pruned(
 ) -> None:
     """Save a pruned model: what ``save_pretrained`` writes, and ``pruning.json`` with the width of every layer.
 
-    `load_pruned` reads the folder. Where all layers are alike, so does plain ``from_pretrained``. Where they are not,
-    no config of transformers can say so, and ``from_pretrained`` would fail late, or with
-    ``ignore_mismatched_sizes=True`` make the weights anew without a word; the config of the folder therefore has a text
-    in the place of the number, and every ``from_pretrained`` stops at it with an error that names `load_pruned`.
+    `load_pruned` reads the folder, and one that `export_4bit` has written of such a model. Where all layers are alike,
+    so does plain ``from_pretrained``. Where they are not, no config of transformers can say so, and ``from_pretrained``
+    would fail late, or with ``ignore_mismatched_sizes=True`` make the weights anew without a word; the config of the
+    folder therefore has a text in the place of the number, and every ``from_pretrained`` stops at it with an error that
+    names `load_pruned`.
 
     Args:
         model: a transformers model, pruned or not, in 4-bit training or not (the master weights are saved).
@@ -53,13 +45,13 @@ def save_pruned(
     find_layers(model)
     model.save_pretrained(directory, is_main_process=is_main_process)
     if is_main_process:
-        write_widths(model, directory)
+        write_widths_of(model, directory)
         if processing_class is not None:
             processing_class.save_pretrained(directory)
 
 
 def load_pruned(directory: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """Load a model that `save_pruned`, or a Trainer with `AdaptPruneCallback`, has saved.
+    """Load a model that `save_pruned`, `export_4bit`, or a Trainer with `AdaptPruneCallback` has saved.
 
     Args:
         directory: the folder.
@@ -83,43 +75,20 @@ def load_pruned(directory: str | os.PathLike[str], **kwargs: Any) -> Any:
         raise FileNotFoundError(
             f"{folder} has no {FILE}, so it is no folder of save_pruned; load it with from_pretrained"
         )
-    saved = json.loads((folder / FILE).read_text())
-    options = json.loads((folder / _CONFIG).read_text())
-    _text_part(options).update(saved["config"])
+    widths, options = read_widths(folder)
     names = options.get("architectures") or [None]
     base = getattr(transformers, names[0] or "", None)
     if base is None:
-        raise ValueError(f"architectures in {folder / _CONFIG} must name a class of transformers, got {names}")
+        raise ValueError(f"architectures in the config.json of {folder} must name a class of transformers, got {names}")
     config = kwargs.pop("config", None) or transformers.AutoConfig.for_model(**options)
-    model = _sized(base, saved["layers"]).from_pretrained(folder, config=config, **kwargs)
+    model = _sized(base, widths).from_pretrained(folder, config=config, **kwargs)
     model.__class__ = base
     return model
 
 
-def write_widths(model: Any, directory: str | os.PathLike[str]) -> None:
-    """Put pruning.json beside a model that has been saved, and the message into its config.json.
-
-    Args:
-        model: what was saved.
-        directory: where.
-    """
-    folder = Path(directory)
-    widths = widths_of(find_layers(model))
-    path = folder / _CONFIG
-    options = json.loads(path.read_text())
-    part, numbers = _text_part(options), {}
-    for width in unequal(widths):
-        for name in _FIELDS[width]:
-            numbers[name] = getattr(model.config.get_text_config(), name)
-            part[name] = _MESSAGE
-    path.write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
-    (folder / FILE).write_text(json.dumps({"layers": widths, "config": numbers}, indent=1) + "\n")
-
-
-def _text_part(options: dict[str, Any]) -> dict[str, Any]:
-    """The dictionary of a config that has the language model's sizes."""
-    nested = options.get("text_config")
-    return nested if isinstance(nested, dict) and "intermediate_size" in nested else options
+def write_widths_of(model: Any, directory: str | os.PathLike[str]) -> None:
+    """Put pruning.json beside a model that has been saved."""
+    write_widths(model.config, Path(directory), widths_of(find_layers(model)))
 
 
 def _sized(base: Any, widths: Sequence[Mapping[str, int]]) -> Any:

@@ -7,26 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from hf_stablespam.recipes.adapt_pruner.model.layers import DecoderLayer, find_layers
-
-# The key in a model's config that holds the widths of unequal layers; `save_pretrained` writes it.
-CONFIG_KEY = "pruned_layers"
+from hf_stablespam.quant.export.widths import CONFIG_KEY, text_config, unequal
+from hf_stablespam.recipes.adapt_pruner.model.layers import DecoderLayer
 
 
 def widths_of(layers: Sequence[DecoderLayer]) -> list[dict[str, int]]:
     """MLP neurons and key-value heads of each layer."""
     return [{"intermediate_size": layer.neurons, "kv_heads": layer.kv_heads} for layer in layers]
-
-
-def text_config(model: Any) -> Any:
-    """The config that has the widths of the language model's layers; `None` for a module without one."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def unequal(widths: Sequence[dict[str, int]]) -> list[str]:
-    """Which of ``intermediate_size`` and ``kv_heads`` differ between the layers."""
-    return [name for name in ("intermediate_size", "kv_heads") if len({width[name] for width in widths}) > 1]
 
 
 def note_widths(model: nn.Module, layers: Sequence[DecoderLayer]) -> None:
@@ -35,9 +22,9 @@ def note_widths(model: nn.Module, layers: Sequence[DecoderLayer]) -> None:
     What all layers have alike becomes the config's own number. For what differs the number stays that of the model
     before, which is an upper bound, and the note has the widths.
     """
-    config = text_config(model)
-    if config is None:
+    if not hasattr(model, "config"):
         return
+    config: Any = text_config(model.config)
     widths = widths_of(layers)
     different = unequal(widths)
     if "intermediate_size" not in different:
@@ -50,8 +37,3 @@ def note_widths(model: nn.Module, layers: Sequence[DecoderLayer]) -> None:
         setattr(config, CONFIG_KEY, widths)
     elif hasattr(config, CONFIG_KEY):
         delattr(config, CONFIG_KEY)
-
-
-def has_unequal_widths(model: nn.Module) -> bool:
-    """Whether the layers of a model differ in width, so that its class alone cannot build it."""
-    return bool(unequal(widths_of(find_layers(model))))
