@@ -18,6 +18,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "gradient_rounding": ("stochastic", "nearest"),
     "hadamard": (None, "weight_grad", "all"),
     "weight_block": ("1d", "2d"),
+    "adapters": ("separate", "merged"),
     "mx_scale_rule": ("even", "floor", "rceil"),
     "scale_dtype": ("bfloat16", "float16", "float32"),
 }
@@ -65,6 +66,9 @@ class FourBitConfig:
             expression for all of it.
         target_modules: convert only layers with these names, given in the same way; None: every `nn.Linear`.
         keep_last_blocks: this many of the model's last blocks stay in high precision.
+        adapters: what PEFT's LoRA on a 4-bit layer is added to: ``"separate"``, the usual formula ``Q(W)·x + s·B·A·x``,
+            whose merged weight is off the grid; or ``"merged"``, ``Q(W + s·B·A)·x``, so that merging and any export
+            give exactly the weights that were trained. LoRA, rank-stabilised LoRA and DoRA, without dropout.
         cache_weights: keep the 4-bit weight of a forward pass until its backward pass instead of making it again
             there; costs one more tensor of the weight's size for each layer in between. From one forward pass to the
             next it is never kept, because the weight may have been changed in between, except in a `fixed_weights`
@@ -102,6 +106,7 @@ class FourBitConfig:
     modules_to_not_convert: tuple[str, ...] = ("lm_head",)
     target_modules: tuple[str, ...] | None = None
     keep_last_blocks: int = 0
+    adapters: str = "separate"
     cache_weights: bool = True
     fused: bool = False
 

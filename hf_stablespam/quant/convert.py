@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from hf_stablespam._announce import announce
+from hf_stablespam.quant.adapters import adopt_adapters, release_adapters
 from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.experts import FourBitExperts, is_experts
 from hf_stablespam.quant.formats import ScaleKind
@@ -90,6 +91,7 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
     for block in experts.values():
         FourBitExperts.adopt(block, config)
     _share_scales(model, config)
+    adopt_adapters(model)
     _note_in_config(model, config.to_dict())
     if chosen or experts:
         announce(
@@ -114,6 +116,7 @@ def restore_linear(model: ModelT) -> ModelT:
         >>> type(model[0]) is nn.Linear
         True
     """
+    release_adapters(model)
     for module in list(model.modules()):
         if isinstance(module, FourBitLinear | FourBitExperts):
             module.release()
@@ -170,11 +173,16 @@ def _share_scales(model: nn.Module, config: FourBitConfig) -> None:
     for parent in model.modules():
         children = dict(parent.named_children())
         for names in FUSED_SIBLINGS:
-            siblings = [children.get(name) for name in names]
+            siblings = [_base_layer(children.get(name)) for name in names]
             partners = tuple(sibling for sibling in siblings if isinstance(sibling, FourBitLinear))
             if len(partners) > 1:
                 for partner in partners:
                     partner.scale_partners = partners
+
+
+def _base_layer(module: Any) -> Any:
+    """The layer under an adapter of PEFT."""
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def _note_in_config(model: nn.Module, note: dict | None) -> None:

@@ -62,13 +62,16 @@ class FourBitLinear(nn.Linear):
         self.recipe = Recipe.of(config)
         # Layers that an inference engine fuses (q, k, v; gate, up) share NVFP4's scale of the whole tensor.
         self.scale_partners: tuple[FourBitLinear, ...] = ()
+        # The layer of PEFT whose adapter is added to this weight before it is rounded; in a tuple, so that it does not
+        # become a child of its own child.
+        self.adapter: tuple[Any, ...] = ()
         self._parameter_id = id(self.weight)
         self._fixed = 0  # how many `fixed_weights` blocks are open
         self.forget_weight()
 
     def release(self) -> nn.Linear:
         """Turn the layer back into a plain `nn.Linear`, in place."""
-        for name in ("four_bit", "recipe", "scale_partners", "_parameter_id", "_fixed", "_kept"):
+        for name in ("four_bit", "recipe", "scale_partners", "adapter", "_parameter_id", "_fixed", "_kept"):
             del self.__dict__[name]
         self.__class__ = nn.Linear  # type: ignore[assignment]
         return self
@@ -101,9 +104,13 @@ class FourBitLinear(nn.Linear):
         """Largest magnitude of this weight and its partners' (NVFP4 only)."""
         if not self.scale_partners:
             return None
-        peaks = [partner.weight.detach().abs().amax() for partner in self.scale_partners]
+        peaks = [partner.effective_weight().detach().abs().amax() for partner in self.scale_partners]
         peaks = [full(peak) for peak in peaks]
         return torch.stack([peak.float().to(self.weight.device) for peak in peaks]).amax()
+
+    def effective_weight(self) -> Tensor:
+        """The weight that is rounded: with the adapter that is merged into it, where there is one."""
+        return self.adapter[0].merged_weight() if self.adapter and self.adapter[0].is_merging() else self.weight
 
     def _product(self, x: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling() or not (self._fixed or self._saves_weight()):

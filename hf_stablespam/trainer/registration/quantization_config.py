@@ -104,6 +104,7 @@ def _quantizer_class() -> type[HfQuantizer]:
             # the state dict that it was given, refusing to train) must not see one.
             model.__dict__.pop("hf_quantizer", None)
             model.__dict__.pop("quantization_method", None)
+            model.config.__dict__.pop("_pre_quantization_dtype", None)  # of transformers 4, which JSON does not know
             model.is_quantized = False
             return model
 
