@@ -37,6 +37,7 @@ SMALL = {
     "classify.py": f"--smoke True {QUIET}",
     "finetune_lora.py": f"--smoke True {QUIET}",
     "finetune_lora_4bit.py": f"--smoke True {QUIET}",
+    "speak.py": f"--smoke True {QUIET}",
 }
 FROM_THE_HUB = {"--dataset_name", "--model_name_or_path"}  # no network: such commands are parsed only
 

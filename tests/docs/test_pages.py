@@ -19,6 +19,7 @@ from hf_stablespam import GradientNormCallback
 from tests.docs.commands import Shell, accelerate_as_found, commands_of
 from tests.docs.pages import PAGES, ROOT, UnknownLanguageError, parsed
 from tests.quant.export.gguf.models import byte_level_tokenizer, tiny
+from tests.recipes.llasa.released import write_codec_and_listeners
 from tests.trainer.helpers import VOCABULARY, RandomTokens, arguments, tiny_llama
 
 WITH_BLOCKS = [page for page in PAGES if "```" in page.read_text()]
@@ -95,6 +96,10 @@ def a_script() -> None:
     shutil.copy(ROOT / "examples" / "plain_trainer.py", "train.py")
 
 
+def listeners_and_a_codec() -> None:
+    write_codec_and_listeners(Path("path/to"))
+
+
 # What must lie in the folder before the first block of a page.
 BEFORE = {
     "distributed.md": a_script,
@@ -104,6 +109,7 @@ BEFORE = {
     "report.md": two_runs,
     "serving.md": a_run_to_serve,
     "rescue.md": a_run_of_adamw,
+    "llasa.md": listeners_and_a_codec,
 }
 
 

@@ -6,16 +6,11 @@ import numpy as np
 import pytest
 import soundfile
 import speak
-import torch
 from speech import voices
 from speech.codec import log_mel
 from speech.studio import Sizes, build
-from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForXVector
 
-from hf_stablespam.recipes.llasa import add_speech_tokens
-from tests.recipes.llasa.helpers import llama, text_tokenizer
-from tests.recipes.llasa.test_codec import tiny_codec
-from tests.recipes.llasa.test_verifiers import SHAPE, recogniser
+from tests.recipes.llasa.released import write_codec_and_listeners, write_llasa
 
 
 def test_it_speaks_writes_sound_and_draws(tmp_path, capsys):
@@ -55,29 +50,11 @@ def test_listeners_hear_words_and_voices():
 
 @pytest.fixture
 def released(tmp_path):
-    """Folders of tiny models with random weights, as the hub's would be."""
-    pytest.importorskip("transformers", minversion="5.0")
-    codec = tiny_codec(levels=(4, 4, 2))
-    codec.save_pretrained(tmp_path / "codec")
-    tokenizer, model = text_tokenizer(), llama(261)
-    add_speech_tokens(tokenizer, 32, model=model)
-    tokenizer.save_pretrained(tmp_path / "llasa")
-    model.save_pretrained(tmp_path / "llasa")
-    asr = recogniser(tmp_path)
-    for part in (asr.model, asr.tokenizer, asr.feature_extractor):
-        part.save_pretrained(tmp_path / "recogniser")
-    torch.manual_seed(0)
-    WavLMForXVector(WavLMConfig(**SHAPE)).save_pretrained(tmp_path / "speaker")
-    Wav2Vec2FeatureExtractor().save_pretrained(tmp_path / "speaker")
-    soundfile.write(tmp_path / "voice.wav", voices.tones("one", "low", 200, 50), 16_000)
-    names = {
-        "llasa": "llasa",
-        "codec": "codec",
-        "recogniser": "recogniser",
-        "speaker": "speaker",
-        "judge": "recogniser",
-    }
-    return [word for option, name in names.items() for word in (f"--{option}_name", str(tmp_path / name))]
+    """The options that name folders of tiny models with random weights instead of the hub's."""
+    write_codec_and_listeners(tmp_path, levels=(4, 4, 2))
+    write_llasa(tmp_path, codes=32)
+    folders = {name: name for name in ("llasa", "codec", "recogniser", "speaker")} | {"judge": "recogniser"}
+    return [word for option, name in folders.items() for word in (f"--{option}_name", str(tmp_path / name))]
 
 
 @pytest.mark.parametrize("with_voice", [True, False])
