@@ -45,8 +45,8 @@ class FourBitConfig:
         gradient: format of the gradient of the layer's output, so that the two GEMMs of the backward pass see
             4-bit operands too; None as in the paper.
         group_size: numbers along the input dimension that share a scale, at least 1. The paper uses 256; 128 is
-            the largest size that packed checkpoints and their kernels know. ``mxfp4`` (32) and ``nvfp4`` (16) have
-            their own.
+            the largest size that packed checkpoints and their kernels know. ``"auto"``: the largest of 128, 64 and 32
+            that divides the rows of all layers that are converted. ``mxfp4`` (32) and ``nvfp4`` (16) have their own.
         activation_outliers: largest magnitudes of each group of the input that stay in high precision, 0 to 8;
             default 2 (the paper's), and 0 for ``mxfp4`` and ``nvfp4``.
         weight_outliers: the same for the weight; only to reproduce the paper's FP4: such weights cannot be packed.
@@ -64,7 +64,9 @@ class FourBitConfig:
             stores them so: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
         modules_to_not_convert: names of layers to leave alone: a name, the end of a dotted name, or a regular
             expression for all of it.
-        target_modules: convert only layers with these names, given in the same way; None: every `nn.Linear`.
+        target_modules: convert only layers with these names, given in the same way; None: every `nn.Linear` but
+            output heads, poolers, what is tied to an embedding, and routers. One of those is converted if it is named
+            here (a regular expression names nothing) and not in `modules_to_not_convert`.
         keep_last_blocks: this many of the model's last blocks stay in high precision.
         adapters: what PEFT's LoRA on a 4-bit layer is added to: ``"separate"``, the usual formula ``Q(W)·x + s·B·A·x``,
             whose merged weight is off the grid; or ``"merged"``, ``Q(W + s·B·A)·x``, so that merging and any export
@@ -92,7 +94,7 @@ class FourBitConfig:
     weight: str | None = "int4"
     activation: str | None = "int4"
     gradient: str | None = None
-    group_size: int = 128
+    group_size: int | str = 128
     activation_outliers: int | None = None
     weight_outliers: int = 0
     gradient_rounding: str = "stochastic"
@@ -127,7 +129,8 @@ class FourBitConfig:
             object.__setattr__(self, field, _as_patterns(getattr(self, field), field))
 
     def _check_numbers(self) -> None:
-        _check_integer("group_size", self.group_size, 1, None, "128 suits packed checkpoints")
+        if self.group_size != "auto":
+            _check_integer("group_size", self.group_size, 1, None, "128 suits packed checkpoints, 'auto' most models")
         _check_integer("keep_last_blocks", self.keep_last_blocks, 0, None, "0 keeps none")
         _check_integer("hadamard_seed", self.hadamard_seed, 0, None, "0 is as good as any")
         for field in ("activation_outliers", "weight_outliers"):
@@ -220,6 +223,19 @@ class FourBitConfig:
         """The `Quantizer` of ``"weight"``, ``"activation"`` or ``"gradient"``; None in high precision."""
         return _quantizer(self, operand)
 
+    def group_of(self, operand: str) -> int:
+        """Numbers that share a scale in ``"weight"``, ``"activation"`` or ``"gradient"``.
+
+        Raises:
+            ValueError: `group_size` is ``"auto"``, and no model has been converted that says which number that is.
+        """
+        block = get_format(getattr(self, operand), operand).block
+        if block is None and self.group_size == "auto":
+            raise ValueError(
+                "group_size='auto' becomes a number when a model is converted; give a number, or use convert_to_4bit"
+            )
+        return block or int(self.group_size)
+
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold; `from_dict` takes it back."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
@@ -250,7 +266,7 @@ def _quantizer(config: FourBitConfig, operand: str) -> Quantizer | None:
     stored = operand == "weight" and format.scale is ScaleKind.REAL
     return Quantizer(
         format,
-        group_size=format.block or config.group_size,
+        group_size=config.group_of(operand),
         outliers=outliers[operand],
         stochastic=operand == "gradient" and config.gradient_rounding == "stochastic",
         scale_dtype=getattr(torch, config.scale_dtype) if stored else None,

@@ -14,8 +14,10 @@ from hf_stablespam.quant.adapters import adopt_adapters, release_adapters
 from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.experts import FourBitExperts, is_experts
 from hf_stablespam.quant.formats import ScaleKind
+from hf_stablespam.quant.high_precision import high_precision_layers
 from hf_stablespam.quant.linear import FourBitLinear, check_weight
 from hf_stablespam.quant.parameter_counts import in_words
+from hf_stablespam.quant.target_layers import ADAPTER_CONTAINERS, target_layers, with_group_size
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +29,6 @@ CONFIG_KEY = "four_bit_training"
 # Inference engines fuse these siblings into one product, with one NVFP4 scale.
 FUSED_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 
-# Layers of PEFT that hold the adapter: small, and trained in full precision.
-ADAPTER_CONTAINERS = re.compile(r"(^|\.)(lora_|vera_|ia3_|oft_|boft_|parallel_adapter_|modules_to_save)")
 # Packages whose layers transformers puts in for 4-bit training (FourOverSixConfig, FPQuantConfig).
 PREPARED_BY = ("fouroversix", "fp_quant")
 # Weights that nobody expects to be converted go unmentioned.
@@ -47,7 +47,8 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
     Args:
         model: any module. Layers whose type is exactly `nn.Linear` are converted, and modules that hold the experts
             of a mixture as transformers 5 does, without those named in `modules_to_not_convert`, adapters of PEFT, and
-            the last blocks if `keep_last_blocks` says so.
+            the last blocks if `keep_last_blocks` says so. Output heads and poolers, what is tied to an embedding, and
+            the routers of mixtures are left alone as well, unless `target_modules` names them.
         config: formats and which layers; default `FourBitConfig()`.
 
     Returns:
@@ -63,13 +64,15 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
         ('FourBitLinear', ['0.bias', '0.weight', '2.bias', '2.weight'])
     """
     config = config or FourBitConfig()
+    wanted = target_layers(model, config)
+    config = with_group_size(config, wanted)
     chosen: dict[str, nn.Linear] = {}
     experts: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and is_wanted(name, config, model):
+        if type(module) is nn.Linear and name in wanted:
             check_weight(module.weight, f"{name}.weight" if name else "weight")
             chosen[name] = module
-        elif is_experts(module) and not isinstance(module, FourBitExperts) and is_wanted(name, config, model):
+        elif is_experts(module) and not isinstance(module, FourBitExperts) and name in wanted:
             experts[name] = module
         elif isinstance(module, FourBitLinear | FourBitExperts) and module.four_bit != config:
             raise ValueError(
@@ -127,15 +130,6 @@ def restore_linear(model: ModelT) -> ModelT:
     return model
 
 
-def is_wanted(name: str, config: FourBitConfig, model: nn.Module) -> bool:
-    """Whether the configuration asks for the `nn.Linear` called `name`."""
-    if _matches(name, config.modules_to_not_convert) or ADAPTER_CONTAINERS.search(name):
-        return False
-    if config.target_modules is not None and not _matches(name, config.target_modules):
-        return False
-    return not any(name.startswith(block + ".") for block in _kept_blocks(model, config.keep_last_blocks))
-
-
 def left_alone(model: nn.Module) -> list[str]:
     """What has a weight matrix and is not converted: ``name (type)``, layers of all blocks under one name."""
     found: Counter[str] = Counter()
@@ -150,21 +144,6 @@ def left_alone(model: nn.Module) -> list[str]:
     return [text if count == 1 else f"{text} ×{count}" for text, count in found.items()]
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """A pattern is the whole name, its end after a dot, or a regular expression for all of it."""
-    return any(name == pattern or name.endswith("." + pattern) or re.fullmatch(pattern, name) for pattern in patterns)
-
-
-def _kept_blocks(model: nn.Module, count: int) -> list[str]:
-    """Names of the last `count` children of every longest list of blocks (encoder and decoder have one each)."""
-    if count == 0:
-        return []
-    lists = {name: child for name, child in model.named_modules() if isinstance(child, nn.ModuleList) and len(child)}
-    # Lists inside of blocks (a block's experts or sub-layers) are no lists of blocks.
-    outer = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
-    return [f"{name}.{index}" for name in outer for index in range(max(0, len(lists[name]) - count), len(lists[name]))]
-
-
 def _share_scales(model: nn.Module, config: FourBitConfig) -> None:
     """Tell the siblings that an inference engine fuses about each other."""
     quantizer = config.quantizer("weight")
@@ -175,9 +154,8 @@ def _share_scales(model: nn.Module, config: FourBitConfig) -> None:
         for names in FUSED_SIBLINGS:
             siblings = [_base_layer(children.get(name)) for name in names]
             partners = tuple(sibling for sibling in siblings if isinstance(sibling, FourBitLinear))
-            if len(partners) > 1:
-                for partner in partners:
-                    partner.scale_partners = partners
+            for partner in partners:
+                partner.scale_partners = partners if len(partners) > 1 else ()
 
 
 def _base_layer(module: Any) -> Any:
@@ -198,14 +176,16 @@ def _note_in_config(model: nn.Module, note: dict | None) -> None:
 
 def _why_nothing(model: nn.Module, config: FourBitConfig) -> str:
     """The rest of the message for a model without a layer to convert."""
-    linears = sum(type(module) is nn.Linear for module in model.modules())
+    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    heads = high_precision_layers(model).intersection(linears)
     others = [text for text in left_alone(model) if not text.endswith("(Linear)")]
     unsupported = f"other kinds of layers are not supported: {', '.join(others)}" if others else ""
-    if not linears:
-        what = unsupported or "it has no weight matrix at all"
-        return f"the model has no nn.Linear; {what}; train it without 4-bit layers"
+    if len(linears) == len(heads):
+        what = unsupported or f"it has no {'other weight matrix' if heads else 'weight matrix at all'}"
+        beside = f" but {', '.join(sorted(heads))}, which stay in high precision" if heads else ""
+        return f"the model has no nn.Linear{beside}; {what}; train it without 4-bit layers"
     excluded = (
-        f"nn.Linear layers: {linears}, all excluded by target_modules={config.target_modules!r},"
+        f"nn.Linear layers: {len(linears)}, all excluded by target_modules={config.target_modules!r},"
         f" modules_to_not_convert={config.modules_to_not_convert!r} or keep_last_blocks={config.keep_last_blocks};"
         " change these so that a layer is left"
     )

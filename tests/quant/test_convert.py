@@ -70,7 +70,10 @@ def test_converting_twice_is_harmless_and_another_configuration_is_refused() -> 
     [
         ({"modules_to_not_convert": ("lm_head", "q_proj")}, 9),
         ({"modules_to_not_convert": (r".*\.mlp\..*", "lm_head")}, 9),
-        ({"modules_to_not_convert": ()}, 13),
+        ({"modules_to_not_convert": ()}, 12),  # a head must be named
+        ({"modules_to_not_convert": (), "target_modules": ".*"}, 12),
+        ({"modules_to_not_convert": (), "target_modules": (".*", "lm_head")}, 13),
+        ({"target_modules": (".*", "lm_head")}, 12),  # what is not to be converted is not
         ({"target_modules": ("q_proj", "v_proj")}, 6),
         ({"target_modules": (r"layers\.[01]\..*",)}, 8),
         ({"target_modules": "q_proj"}, 3),

@@ -13,7 +13,6 @@ import transformers as tf
 from torch import nn
 
 from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, export_4bit, restore_linear
-from hf_stablespam.quant.convert import left_alone
 from hf_stablespam.quant.matmul import Recipe, quantize_weight
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -55,8 +54,8 @@ MODELS: dict[str, tuple[Callable[[], tf.PreTrainedModel], dict[str, Any], int]] 
     ),
     # GPT-NeoX called its head embed_out before transformers 5.
     "neox": (lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(vocab_size=64, **SHAPE)), TEXT, 8),
-    "bert": (lambda: tf.BertForMaskedLM(tf.BertConfig(vocab_size=64, **SHAPE)), TEXT, 14),
-    "vit": (vit, IMAGES, 13),
+    "bert": (lambda: tf.BertForMaskedLM(tf.BertConfig(vocab_size=64, **SHAPE)), TEXT, 12),
+    "vit": (vit, IMAGES, 12),
     "t5": (t5, TEXT, 32),
     "qwen_moe": (qwen_moe, TEXT, 8),
 }
@@ -90,14 +89,6 @@ def test_half_precision_models_train(dtype: torch.dtype) -> None:
     loss = model(**TEXT).loss
     loss.backward()
     assert all(p.grad.dtype == dtype and torch.isfinite(p.grad).all() for p in model.parameters())
-
-
-def test_experts_that_are_no_linear_layers_are_named() -> None:
-    model = convert_to_4bit(qwen_moe())
-    names = " ".join(left_alone(model))
-    assert "lm_head (Linear)" in names
-    if not any("experts" in name for name, m in model.named_modules() if isinstance(m, FourBitLinear)):
-        assert "model.layers.*.mlp.experts (Qwen3MoeExperts) ×2" in names
 
 
 def test_gpt2_is_refused_by_the_name_of_its_layers() -> None:

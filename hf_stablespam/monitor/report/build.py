@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_stablespam._atomic import atomic_file
 from hf_stablespam.monitor.report.panels import heat_maps, panels
 from hf_stablespam.monitor.report.run_tables import run_tables
 from hf_stablespam.monitor.report.runs import Run, read_runs
@@ -37,6 +38,7 @@ def write_report(paths: Sequence[str | Path], output: str | Path = "report.html"
         FileNotFoundError: a path does not exist or holds no run.
         ValueError: a run's file is broken, a run is given twice, or has logged nothing.
         ImportError: Bokeh (or matplotlib, with `png`) is not installed.
+        OSError: the disk is full, for example; `output` is then what it was.
 
     Example:
         >>> write_report(["runs/adamw", "runs/stable_spam"], "report.html")  # doctest: +SKIP
@@ -46,8 +48,9 @@ def write_report(paths: Sequence[str | Path], output: str | Path = "report.html"
     empty = [run.label for run in runs if not run.rows]
     if empty:
         raise ValueError(f"each run must have logged something, {empty[0]} has not; train with a smaller logging_steps")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(report_html(runs), encoding="utf-8")
+    html = report_html(runs)
+    with atomic_file(output) as file:
+        file.write_text(html, encoding="utf-8")
     return [output, *(pictures(runs, output.with_suffix("")) if png else [])]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.export.experts import four_bit_experts, stays_unpacked
+from hf_stablespam.quant.export.initialization import warn_of_initialization
 from hf_stablespam.quant.export.packing import KERNEL_GROUPS, fitting_groups
 from hf_stablespam.quant.formats import FORMATS, ScaleKind, get_format
 from hf_stablespam.quant.linear import FourBitLinear
@@ -41,15 +42,22 @@ def check_packable(
     config: FourBitConfig = next(module.four_bit for part in (layers, experts) for module in part.values())
     _check_format(config, dtype)
     _check_ties(model, layers)
-    if not leave_unpackable:
-        _check_groups(layers, _group_size(config))
-        why = stays_unpacked(model, config, _group_size(config))
-        if why is not None:
-            raise ValueError(
-                f"the experts cannot be packed: {why}; train with weight='int4' or 'mxfp4' and a group_size that fits,"
-                " name 'experts' in modules_to_not_convert, or pass leave_unpackable=True to store them rounded, in"
-                " bfloat16"
-            )
+    group = config.group_of("weight")
+    failing, why = unpackable(layers, group), stays_unpacked(model, config, group)
+    if failing and not leave_unpackable:
+        _refuse_groups(layers, failing, group)
+    if why is not None and not leave_unpackable:
+        raise ValueError(
+            f"the experts cannot be packed: {why}; train with weight='int4' or 'mxfp4' and a group_size that fits,"
+            " name 'experts' in modules_to_not_convert, or pass leave_unpackable=True to store them rounded, in"
+            " bfloat16"
+        )
+    if len(failing) == len(layers) and (why is not None or not experts):
+        raise ValueError(
+            f"nothing would be packed: {_widths(layers, failing, group)}{why or ''}; train with a group_size that fits,"
+            " for example 'auto'"
+        )
+    warn_of_initialization(model, layers.keys() - set(failing))
     return config
 
 
@@ -58,21 +66,23 @@ def four_bit_layers(model: nn.Module) -> dict[str, FourBitLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FourBitLinear)}
 
 
-def _check_groups(layers: Mapping[str, FourBitLinear], group_size: int) -> None:
-    failing = unpackable(layers, group_size)
-    if not failing:
-        return
+def _refuse_groups(layers: Mapping[str, FourBitLinear], failing: list[str], group_size: int) -> None:
+    raise ValueError(
+        f"{len(failing)} layers cannot be packed: {_widths(layers, failing, group_size)}. Train with a group_size that"
+        " fits, name the layers in modules_to_not_convert, or pass leave_unpackable=True to store them unpacked, in"
+        " bfloat16; group_size='auto' looks for a fitting one"
+    )
+
+
+def _widths(layers: Mapping[str, FourBitLinear], names: list[str], group_size: int) -> str:
     sizes = []
-    for name in failing:
+    for name in names:
         fitting = ", ".join(map(str, fitting_groups(layers[name].in_features))) or "none from 16 to 256"
         sizes.append(
             f"{name} has {layers[name].in_features} inputs, which groups of {group_size} do not divide"
             f" (groups that fit: {fitting})"
         )
-    raise ValueError(
-        f"{len(failing)} layers cannot be packed: {'; '.join(sizes)}. Train with a group_size that fits, name the"
-        " layers in modules_to_not_convert, or pass leave_unpackable=True to store them unpacked, in bfloat16"
-    )
+    return "; ".join(sizes)
 
 
 def unpackable(layers: Mapping[str, FourBitLinear], group_size: int) -> list[str]:
@@ -88,11 +98,6 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
             f"tensors must be finite to be exported, got nan or inf in {', '.join(bad)}; the training has diverged:"
             " export an earlier checkpoint"
         )
-
-
-def _group_size(config: FourBitConfig) -> int:
-    assert config.weight is not None
-    return get_format(config.weight).block or config.group_size
 
 
 def _check_format(config: FourBitConfig, dtype: torch.dtype) -> None:

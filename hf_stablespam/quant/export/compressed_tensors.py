@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_stablespam._announce import announce
+from hf_stablespam._atomic import atomic_folder
 from hf_stablespam._sharded import full
 from hf_stablespam.quant.export.calibration import input_amax
 from hf_stablespam.quant.export.checks import (
@@ -22,8 +23,15 @@ from hf_stablespam.quant.export.checks import (
     four_bit_layers,
     unpackable,
 )
-from hf_stablespam.quant.export.experts import expert_tensors, four_bit_experts, pack_experts, stays_unpacked
+from hf_stablespam.quant.export.experts import (
+    expert_tensors,
+    four_bit_experts,
+    has_plain_experts,
+    pack_experts,
+    stays_unpacked,
+)
 from hf_stablespam.quant.export.packing import compressed_tensors_scheme, pack_weight
+from hf_stablespam.quant.export.state import whole_state_dict
 from hf_stablespam.quant.export.widths import write_widths
 from hf_stablespam.quant.linear import FourBitLinear
 from hf_stablespam.quant.scales import tensor_scale
@@ -67,6 +75,7 @@ def export_4bit(
         ImportError: compressed-tensors is not installed.
         ValueError: the model is not converted, a weight is not finite, or something has no packed form; the message
             says what to change.
+        OSError: the disk is full, for example; `directory` is then what it was.
 
     Example:
         >>> export_4bit(model, "llama-4bit", tokenizer)  # doctest: +SKIP
@@ -80,7 +89,7 @@ def export_4bit(
     unpacked = set(unpackable(layers, quantizer.group_size))
     scheme = compressed_tensors_scheme(quantizer, config.activation if activations else None)
     amax = input_amax(model, layers, calibration) if activations and config.activation == "nvfp4" else {}
-    tensors = _state_dict(model, dtype)
+    tensors = whole_state_dict(model, dtype)
     check_finite(tensors)
     with torch.no_grad():
         for name, layer in layers.items():
@@ -93,33 +102,21 @@ def export_4bit(
             if name in amax:
                 packed["input_global_scale"] = (1.0 / tensor_scale(amax[name])).reshape(1)
             tensors.update({f"{prefix}{key}": value.contiguous() for key, value in packed.items()})
-    rounds_experts = stays_unpacked(model, config, quantizer.group_size) is not None
+    rounds_experts = stays_unpacked(model, config, quantizer.group_size) is not None or has_plain_experts(model)
     tensors.update(expert_tensors(model, dtype, rounded=rounds_experts))
     if is_main_process:
-        _save(model, Path(directory), tensors, _quantization_config(model, scheme, unpacked), dtype, rounds_experts)
-        if four_bit_experts(model) and not rounds_experts:
-            rounds_experts = not pack_experts(Path(directory), model, quantizer, scheme, dtype)
-        if processing_class is not None:
-            processing_class.save_pretrained(directory)
+        with atomic_folder(directory) as folder:
+            _save(model, folder, tensors, _quantization_config(model, scheme, unpacked), dtype, rounds_experts)
+            if four_bit_experts(model) and not rounds_experts:
+                rounds_experts = not pack_experts(folder, model, quantizer, scheme, dtype)
+            if processing_class is not None:
+                processing_class.save_pretrained(folder)
         packed_count = len(layers) - len(unpacked)
         announce(
             logger,
             "exported %d packed and %d unpacked layers%s to %s",
             *(packed_count, len(unpacked), _of_experts(model, rounds_experts), directory),
         )
-
-
-def _state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state dict with floating-point tensors in `dtype`; tied tensors stay tied."""
-    cast: dict[tuple[int, torch.Size], Tensor] = {}
-    result = {}
-    for name, tensor in model.state_dict().items():
-        tensor = full(tensor.detach())
-        key = (tensor.data_ptr(), tensor.shape)
-        if key not in cast or tensor.numel() == 0:
-            cast[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        result[name] = cast[key]
-    return result
 
 
 def _quantization_config(model: nn.Module, scheme: Any, unpacked: set[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hf_stablespam._sharded import full
 from hf_stablespam.quant.config import FourBitConfig
-from hf_stablespam.quant.experts import FourBitExperts, weight_names
+from hf_stablespam.quant.experts import FourBitExperts, is_experts, weight_names
 from hf_stablespam.quant.export.packing import pack_weight
 from hf_stablespam.quant.quantizer import Quantizer
 
@@ -32,11 +32,18 @@ def four_bit_experts(model: nn.Module) -> dict[str, FourBitExperts]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FourBitExperts)}
 
 
+def has_plain_experts(model: nn.Module) -> bool:
+    """Whether blocks of experts stay in high precision: a packed file must have them under the model's own names."""
+    return any(is_experts(module) and not isinstance(module, FourBitExperts) for module in model.modules())
+
+
 def stays_unpacked(model: nn.Module, config: FourBitConfig, group_size: int) -> str | None:
     """Why the experts are stored as rounded numbers and not packed; `None` where they are packed, or there are none."""
     experts = four_bit_experts(model)
     if experts and config.weight not in READ_RIGHT:
         return f"transformers does not read packed experts in {config.weight} right"
+    if experts and has_plain_experts(model):
+        return "some blocks of experts are in high precision, which transformers does not read beside packed ones"
     for name, block in experts.items():
         for width in _inputs(block):
             if width % group_size:

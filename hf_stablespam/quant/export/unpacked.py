@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_stablespam._atomic import atomic_folder
 from hf_stablespam._sharded import full
 from hf_stablespam.quant.export.checks import check_finite, four_bit_layers
+from hf_stablespam.quant.export.state import whole_state_dict
 from hf_stablespam.quant.linear import FourBitLinear
 from hf_stablespam.quant.quantizer import quantize
 
@@ -57,22 +58,17 @@ def export_unpacked(
             "hadamard='all': the 4-bit numbers are those of transformed weights, which no other code multiplies by"
             " transformed inputs; train with hadamard='weight_grad' or None"
         )
-    tensors, seen = {}, {}
-    for name, tensor in model.state_dict().items():
-        tensor = full(tensor)
-        key = (tensor.data_ptr(), tensor.shape)  # tied tensors stay tied
-        if key not in seen or not tensor.numel():
-            seen[key] = tensor.float() if tensor.is_floating_point() else tensor
-        tensors[name] = seen[key]
+    tensors = whole_state_dict(model, torch.float32)
     tensors.update({f"{name}.weight" if name else "weight": grid_weight(layer) for name, layer in layers.items()})
     check_finite(tensors)
     if not is_main_process:
         return
-    model.save_pretrained(directory, state_dict=tensors)  # type: ignore[operator]
-    path = Path(directory, "config.json")
-    written = json.loads(path.read_text())
-    written["torch_dtype" if "torch_dtype" in written else "dtype"] = "float32"
-    written.pop("quantization_config", None)  # what is read there is not converted again
-    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
-    if processing_class is not None:
-        processing_class.save_pretrained(directory)
+    with atomic_folder(directory) as folder:
+        model.save_pretrained(folder, state_dict=tensors)  # type: ignore[operator]
+        path = folder / "config.json"
+        written = json.loads(path.read_text())
+        written["torch_dtype" if "torch_dtype" in written else "dtype"] = "float32"
+        written.pop("quantization_config", None)  # what is read there is not converted again
+        path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+        if processing_class is not None:
+            processing_class.save_pretrained(folder)

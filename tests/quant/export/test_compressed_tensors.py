@@ -223,7 +223,8 @@ def test_models_that_cannot_be_exported_are_refused(tmp_path: Path) -> None:
         export_4bit(llama(), tmp_path)
     with pytest.raises(ValueError, match=r"must be a transformers model with save_pretrained, got Sequential"):
         export_4bit(convert_to_4bit(torch.nn.Sequential(torch.nn.Linear(128, 4))), tmp_path)
-    model = convert_to_4bit(llama(tie_word_embeddings=True), FourBitConfig(modules_to_not_convert=()))
+    named = FourBitConfig(modules_to_not_convert=(), target_modules=("q_proj", "lm_head"))
+    model = convert_to_4bit(llama(tie_word_embeddings=True), named)
     with pytest.raises(ValueError, match=r"are one tensor, .* name 'lm_head' in modules_to_not_convert"):
         export_4bit(model, tmp_path)
 

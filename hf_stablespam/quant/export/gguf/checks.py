@@ -111,7 +111,7 @@ def check_no_experts(model: nn.Module) -> None:
 def _check_rows(layers: Mapping[str, FourBitLinear], config: FourBitConfig) -> None:
     assert config.weight is not None  # check_format
     size = BLOCK_SIZE[TYPES[config.weight]]
-    group = get_format(config.weight).block or config.group_size
+    group = config.group_of("weight")
     for name, layer in layers.items():
         if layer.in_features % size:
             raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from hf_stablespam._announce import announce
+from hf_stablespam._atomic import atomic_file
 from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.export.checks import check_finite
 from hf_stablespam.quant.export.gguf.architectures import Architecture, add_metadata, architecture_of
@@ -19,7 +20,7 @@ from hf_stablespam.quant.export.gguf.blocks import TYPES
 from hf_stablespam.quant.export.gguf.checks import EMBEDDING_TYPES, check_gguf, input_embedding
 from hf_stablespam.quant.export.gguf.tensors import tensor_plans
 from hf_stablespam.quant.export.gguf.tokenizer import Vocabulary, add_vocabulary, read_vocabulary
-from hf_stablespam.quant.export.gguf.writer import check_absent, verify_tensors, write_tensors, written_whole
+from hf_stablespam.quant.export.gguf.writer import check_absent, verify_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def export_gguf(
     if processing_class is not None:
         vocabulary = read_vocabulary(processing_class, input_embedding(model).shape[0])
     metadata = partial(_add_all_metadata, model, architecture, config, vocabulary)
-    with written_whole(file) as path:
+    with atomic_file(file) as path:
         write_tensors(path, architecture.name, metadata, plans)
         verify_tensors(path, plans)
     packed = sum(plan.type in FILE_TYPES for plan in plans)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_stablespam._announce import announce
+from hf_stablespam._atomic import atomic_file
 from hf_stablespam.quant.export.checks import four_bit_layers
 from hf_stablespam.quant.export.gguf.blocks import TYPES
 from hf_stablespam.quant.export.gguf.checks import EMBEDDING_TYPES, check_format, check_gguf_package
@@ -27,7 +28,6 @@ from hf_stablespam.quant.export.gguf.writer import (
     to_numpy,
     verify_tensors,
     write_tensors,
-    written_whole,
 )
 from hf_stablespam.quant.export.unpacked import grid_weight
 
@@ -94,7 +94,7 @@ def repack_gguf(
     if like is not None:
         _check_rows(like, reader, {plan.name for plan in packed})
     architecture = reader.fields["general.architecture"].contents()
-    with written_whole(file) as path:
+    with atomic_file(file) as path:
         write_tensors(path, architecture, lambda writer: _copy_metadata(reader, writer, packed[0].type), plans)
         verify_tensors(path, plans)
     if plain:

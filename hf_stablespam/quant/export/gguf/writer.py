@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,18 +26,6 @@ class TensorPlan(NamedTuple):
     shape: tuple[int, ...]
     data: Callable[[], np.ndarray]
     verify: Callable[[np.ndarray], None] | None = None
-
-
-@contextlib.contextmanager
-def written_whole(file: Path) -> Iterator[Path]:
-    """A path beside `file` to write to, which becomes `file` at the end; on an error nothing is left of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_absent(file: Path, overwrite: bool) -> None:

@@ -115,7 +115,7 @@ def test_a_head_of_its_own_is_there_and_a_tied_one_is_not(tied: bool, tmp_path: 
 
 
 def test_a_head_trained_in_4_bits_is_packed(tmp_path: Path) -> None:
-    config = FourBitConfig("int4", None, group_size=32, modules_to_not_convert=())
+    config = FourBitConfig("int4", None, group_size=32, modules_to_not_convert=(), target_modules=("lm_head", "q_proj"))
     export_gguf(convert_to_4bit(tiny(tie_word_embeddings=False), config), tmp_path / "model.gguf", TOKENIZER)
     assert types(tmp_path / "model.gguf")["output.weight"] == "Q4_0"
 
@@ -202,7 +202,7 @@ def test_a_sentencepiece_vocabulary(tmp_path: Path) -> None:
         ),
         (INT4, {"hidden_act": "gelu"}, r"hidden_act must be 'silu' in llama.cpp's 'llama', got 'gelu'"),
         (
-            FourBitConfig("int4", None, modules_to_not_convert=()),
+            FourBitConfig("int4", None, modules_to_not_convert=(), target_modules="lm_head"),
             {"tie_word_embeddings": True},
             r"lm_head.weight and model.embed_tokens.weight are one tensor.* name 'lm_head'|is the tied",
         ),

@@ -1,0 +1,73 @@
+"""Files and folders that appear whole or not at all: a full disk or a killed process leaves what was there before."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file beside `path` to write to; it takes the place of `path` at the end of the block.
+
+    Raises:
+        OSError: it could not be written; `path` is what it was.
+    """
+    target = Path(path)
+    with _beside(target) as folder:
+        yield folder / target.name
+        os.replace(folder / target.name, target)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder beside `path` to write to; its files move into `path` at the end of the block.
+
+    Files of `path` with other names stay, except weights: shards of an earlier model beside those of this one would
+    be read with them.
+
+    Raises:
+        OSError: something could not be written; `path` is what it was.
+    """
+    target = Path(path)
+    with _beside(target) as folder:
+        yield folder
+        if not target.exists():
+            os.rename(folder, target)
+            return
+        written = {file.relative_to(folder) for file in folder.rglob("*") if file.is_file()}
+        for name in written:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(folder / name, target / name)
+        for old in (*target.glob("*.safetensors"), *target.glob("*.safetensors.index.json")):
+            if old.relative_to(target) not in written:
+                old.unlink()
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A temporary folder in the folder of `target`, so that renaming does not copy."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    folder.chmod(0o777 & ~_umask())  # mkdtemp's are for the user alone
+    try:
+        yield folder
+    except Exception as error:
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            free = shutil.disk_usage(target.parent).free
+            raise OSError(
+                f"{target} could not be written, and is what it was: {error}; {free / 2**20:,.0f} MiB are free there"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,85 @@
+"""Which layers of a model `FourBitConfig` asks for, and in which groups their rows are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from hf_stablespam.quant.config import FourBitConfig
+from hf_stablespam.quant.experts import is_experts, weight_names
+from hf_stablespam.quant.high_precision import high_precision_layers
+from hf_stablespam.quant.linear import FourBitLinear
+
+# Groups that `group_size="auto"` tries; all of them can be packed, and fast kernels know them.
+AUTO_GROUPS = (128, 64, 32)
+# Layers of PEFT that hold the adapter: small, and trained in full precision.
+ADAPTER_CONTAINERS = re.compile(r"(^|\.)(lora_|vera_|ia3_|oft_|boft_|parallel_adapter_|modules_to_save)")
+
+
+def target_layers(model: nn.Module, config: FourBitConfig) -> dict[str, nn.Module]:
+    """The linear layers and blocks of experts that the configuration asks for, converted already or not."""
+    high_precision, kept = high_precision_layers(model), _kept_blocks(model, config.keep_last_blocks)
+    wanted = {}
+    for name, module in model.named_modules():
+        if type(module) is not nn.Linear and not isinstance(module, FourBitLinear) and not is_experts(module):
+            continue
+        if _matches(name, config.modules_to_not_convert) or ADAPTER_CONTAINERS.search(name):
+            continue
+        if config.target_modules is not None and not _matches(name, config.target_modules):
+            continue
+        if name in high_precision and not _is_named(name, config.target_modules or ()):
+            continue
+        if not any(name.startswith(block + ".") for block in kept):
+            wanted[name] = module
+    return wanted
+
+
+def with_group_size(config: FourBitConfig, layers: Mapping[str, nn.Module]) -> FourBitConfig:
+    """The configuration with a number in the place of ``group_size="auto"``.
+
+    Raises:
+        ValueError: no group fits the rows of all `layers`; the message names those that none fits.
+    """
+    if config.group_size != "auto":
+        return config
+    widths = {name: _row_lengths(layer) for name, layer in layers.items()}
+    for size in AUTO_GROUPS:
+        if all(width % size == 0 for lengths in widths.values() for width in lengths):
+            return replace(config, group_size=size)
+    odd = {name: lengths for name, lengths in widths.items() if any(width % AUTO_GROUPS[-1] for width in lengths)}
+    raise ValueError(
+        f"group_size='auto' must find one of {', '.join(map(str, AUTO_GROUPS))} that divides the inputs of every layer,"
+        f" but {', '.join(f'{name} has {max(lengths)}' for name, lengths in odd.items())}; name these layers in"
+        " modules_to_not_convert, or give a number (the last group of a row is then smaller, and cannot be packed)"
+    )
+
+
+def _row_lengths(layer: nn.Module) -> list[int]:
+    """Numbers of inputs of a linear layer's, or of the experts', matrices."""
+    if isinstance(layer, nn.Linear):
+        return [layer.in_features]
+    inputs = -2 if layer.is_transposed else -1
+    return [getattr(layer, name).shape[inputs] for name in weight_names(layer)]
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """A pattern is the whole name, its end after a dot, or a regular expression for all of it."""
+    return _is_named(name, patterns) or any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def _is_named(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a pattern is the layer's name or its end: a regular expression for many layers names none of them."""
+    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+def _kept_blocks(model: nn.Module, count: int) -> list[str]:
+    """Names of the last `count` children of every longest list of blocks (encoder and decoder have one each)."""
+    if count == 0:
+        return []
+    lists = {name: child for name, child in model.named_modules() if isinstance(child, nn.ModuleList) and len(child)}
+    # Lists inside of blocks (a block's experts or sub-layers) are no lists of blocks.
+    outer = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
+    return [f"{name}.{index}" for name in outer for index in range(max(0, len(lists[name]) - count), len(lists[name]))]

@@ -1,0 +1,170 @@
+"""Exports that are whole: on a full disk, of sharded models, of mixtures; and those of which nothing would be left."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+pytest.importorskip("compressed_tensors", reason="export needs it; install the extra 'export'")
+import safetensors.torch
+import transformers as tf
+
+from hf_stablespam._atomic import atomic_file, atomic_folder
+from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit
+from hf_stablespam.quant.export.checks import check_packable
+from hf_stablespam.quant.export.unpacked import export_unpacked
+
+INT4 = FourBitConfig("int4", None, group_size=32)
+IDS = torch.arange(16).reshape(2, 8)
+
+
+def llama(**options: Any) -> tf.PreTrainedModel:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**{"vocab_size": 64, "num_key_value_heads": 4, **shape, **options}))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+class TestFullDisk:
+    @pytest.fixture
+    def full(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As safetensors says it, when a part of the file is there."""
+        original = safetensors.torch.save_file
+
+        def save_file(tensors: dict, filename: Any, metadata: Any = None) -> None:
+            original(tensors, filename, metadata)
+            os.truncate(filename, 1000)
+            raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+        monkeypatch.setattr(tf.modeling_utils, "safe_save_file", save_file)
+
+    @pytest.mark.usefixtures("full")
+    @pytest.mark.parametrize("export", [export_4bit, export_unpacked])
+    def test_nothing_is_left(self, export: Any, tmp_path: Path) -> None:
+        model = convert_to_4bit(llama(), INT4)
+        with pytest.raises(
+            OSError, match=r"out could not be written, and is what it was: .*No space left.*MiB are free"
+        ):
+            export(model, tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_earlier_export_is_what_it_was(self, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+        export_4bit(convert_to_4bit(llama(), INT4), tmp_path / "out")
+        before = files(tmp_path / "out")
+        request.getfixturevalue("full")
+        with pytest.raises(OSError, match="No space left"):
+            export_4bit(convert_to_4bit(llama(num_hidden_layers=1), INT4), tmp_path / "out")
+        assert files(tmp_path / "out") == before
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_smaller_export_replaces_a_larger_one_whole(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/README.md").write_text("ours")
+    model = convert_to_4bit(llama(), INT4)
+    model.save_pretrained(tmp_path / "out", max_shard_size="50KB")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    export_4bit(model, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
+    assert (tmp_path / "out/README.md").read_text() == "ours"
+    tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_files_appear_whole_with_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    with pytest.raises(TypeError), atomic_file(tmp_path / "new/file") as path:
+        path.write_text(b"no text")
+    assert not (tmp_path / "new/file").exists()
+    with atomic_file(tmp_path / "new/file") as path:
+        path.write_text("whole")
+    with atomic_folder(tmp_path / "folder") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub/file").write_text("whole")
+    assert (tmp_path / "folder/sub/file").read_text() == (tmp_path / "new/file").read_text() == "whole"
+    assert (tmp_path / "new/file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "plain folder").mkdir()
+    assert (tmp_path / "folder").stat().st_mode == (tmp_path / "plain folder").stat().st_mode
+    assert {path.name for path in tmp_path.iterdir()} == {"plain", "plain folder", "new", "folder"}
+
+
+def test_an_export_of_nothing_is_an_error(tmp_path: Path) -> None:
+    model = convert_to_4bit(llama(), FourBitConfig("int4", None, group_size=96))
+    with pytest.raises(ValueError, match=r"nothing would be packed: model.layers.0.self_attn.q_proj has 64 inputs"):
+        export_4bit(model, tmp_path / "out", leave_unpackable=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_transformers_cannot_load_plainly_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    """Its initialization of RWKV takes a linear layer's weight for granted."""
+    options = {"attention_hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "context_length": 16}
+    rwkv = tf.RwkvForCausalLM(tf.RwkvConfig(vocab_size=64, hidden_size=64, **options))
+    convert_to_4bit(rwkv, INT4)
+    state = torch.get_rng_state()
+    with caplog.at_level(logging.WARNING, logger="hf_stablespam"):
+        check_packable(rwkv)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert "RwkvForCausalLM: transformers fails to load packed layers of this model plainly" in caplog.text
+        assert "CompressedTensorsConfig(dequantize=True)" in caplog.text
+        caplog.clear()
+        check_packable(convert_to_4bit(llama(), INT4))
+        assert caplog.text == ""
+
+
+@pytest.mark.parametrize("left", [{"modules_to_not_convert": ("lm_head", "experts")}, {"keep_last_blocks": 1}])
+def test_experts_in_high_precision_beside_packed_layers(left: dict[str, Any], tmp_path: Path) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "num_key_value_heads": 4}
+    torch.manual_seed(0)
+    model = tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(vocab_size=64, head_dim=16, **shape, **experts)).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    convert_to_4bit(model, FourBitConfig("int4", None, group_size=32, **left))
+    if "keep_last_blocks" in left:
+        with pytest.raises(ValueError, match="experts cannot be packed: some blocks of experts are in high precision"):
+            export_4bit(model, tmp_path)
+    export_4bit(model, tmp_path, leave_unpackable="keep_last_blocks" in left)
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo")
+    model = convert_to_4bit(llama(tie_word_embeddings=True), INT4)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=(mesh := init_device_mesh("cpu", (2,))))
+    fully_shard(model, mesh=mesh)
+    export_4bit(model, Path(folder) / "sharded", is_main_process=rank == 0)
+    export_unpacked(model, Path(folder) / "sharded-unpacked", is_main_process=rank == 0)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_export_the_same_files_as_one(tmp_path: Path) -> None:
+    """The memory of a gathered tensor is given to the next one: tensors are known by their parameters."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(work, args=(port, str(tmp_path)), nprocs=2)
+    model = convert_to_4bit(llama(tie_word_embeddings=True), INT4)
+    export_4bit(model, tmp_path / "one")
+    export_unpacked(model, tmp_path / "one-unpacked")
+    for name in ("", "-unpacked"):
+        sharded, one = (files(tmp_path / f"{kind}{name}") for kind in ("sharded", "one"))
+        assert sharded.keys() == one.keys()
+        assert all(sharded[file] == one[file] for file in one), name
