@@ -71,7 +71,11 @@ class SpikeFile:
         if self._lines is None or self._lines + len(lines) > self.keep:
             self._replace([*map(json.dumps, read_spikes(self.path)), *lines])
             return
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        try:
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        except FileNotFoundError:  # somebody has deleted it
+            self._replace(lines)
+            return
         try:
             _write(descriptor, lines)
         finally:

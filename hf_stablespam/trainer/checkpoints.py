@@ -13,8 +13,14 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _STATE = "trainer_state.json"
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # One of each: single files, FSDP's folders, DeepSpeed's.
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "pytorch_model_fsdp_0", "global_step*")
+_SAFETENSORS = ("model*.safetensors", "adapter_model*.safetensors")
+_WEIGHTS = (*_SAFETENSORS, "pytorch_model*.bin", "adapter_model.bin", "pytorch_model_fsdp_0", "global_step*")
 _OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")
+# What torch.save writes there. Whatever else lies in the folder is somebody's own, and no part of the checkpoint.
+_ZIPPED = (
+    *("pytorch_model*.bin", "adapter_model*.bin", "optimizer*.pt", "optimizer*.bin", "scheduler.pt", "scaler.pt"),
+    *("rng_state*.pth", "training_args.bin"),
+)
 _FSDP_FOLDERS = ("pytorch_model_fsdp_0", "optimizer_0")
 
 
@@ -116,10 +122,10 @@ def _problem_of_shards(index: Path) -> str | None:
 
 
 def _problem_of_file(path: Path) -> str | None:
-    if path.suffix == ".safetensors":
+    if any(map(path.match, _SAFETENSORS)):
         return None if _is_whole_safetensors(path) else f"{path.name} is cut short"
     # torch.save writes a zip archive, whose table of contents comes last
-    if path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+    if any(map(path.match, _ZIPPED)) and not zipfile.is_zipfile(path):
         return f"{path.name} is cut short"
     return None
 

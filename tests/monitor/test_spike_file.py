@@ -124,3 +124,17 @@ def test_spikes_after_a_checkpoint_are_dropped(tmp_path):
     assert steps(path) == [2, 5, 5, 8]
     SpikeFile(tmp_path / "other.jsonl", keep=9).drop_after(3)
     assert not (tmp_path / "other.jsonl").exists()
+
+
+def test_a_file_that_was_deleted_is_begun_anew(tmp_path):
+    """With its folder, too: a run does not end because somebody has tidied up."""
+    file = SpikeFile(tmp_path / "run" / "spikes.jsonl", keep=10)
+    file.append([spike(3)])
+    file.path.unlink()
+    file.append([spike(5)])
+    file.append([spike(6)])
+    assert steps(file.path) == [5, 6]
+    file.path.unlink()
+    file.path.parent.rmdir()
+    file.append([spike(8)])
+    assert steps(file.path) == [8]

@@ -89,6 +89,18 @@ def test_a_missing_file_is_noticed(copy, caplog, name, problem):
     assert problem in caplog.text
 
 
+@pytest.mark.parametrize("name", ["notes.bin", "embeddings.pt", "teacher.safetensors", "vocab.pth"])
+def test_a_file_of_somebody_elses_is_no_part_of_it(copy, caplog, name):
+    (copy / "checkpoint-4" / name).write_bytes(b"not written by the Trainer")
+    assert last_complete_checkpoint(copy) == str(copy / "checkpoint-4")
+    assert not caplog.records
+
+
+def test_weights_of_somebody_elses_are_none(copy):
+    (copy / "checkpoint-4" / "model.safetensors").rename(copy / "checkpoint-4" / "teacher.safetensors")
+    assert last_complete_checkpoint(copy) == str(copy / "checkpoint-2")
+
+
 def test_a_folder_renamed_is_noticed(copy, caplog):
     (copy / "checkpoint-4").rename(copy / "checkpoint-5")
     assert last_complete_checkpoint(copy) == str(copy / "checkpoint-2")

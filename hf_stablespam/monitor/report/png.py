@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from hf_stablespam._atomic import atomic_file
 from hf_stablespam.monitor.report.panels import HeatMap, Panel
 from hf_stablespam.monitor.report.style import MATPLOTLIB_DASHES, color, dash
 
@@ -23,7 +24,8 @@ def write_pictures(panels: Sequence[Panel], maps: Sequence[HeatMap], labels: Seq
     paths = []
     for key, figure in drawn:
         paths.append(stem.with_name(f"{stem.name}-{key}.png"))
-        figure.savefig(paths[-1], dpi=150)
+        with atomic_file(paths[-1]) as partial:
+            figure.savefig(partial, dpi=150, format="png")
     return paths
 
 

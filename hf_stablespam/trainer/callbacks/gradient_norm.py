@@ -1,5 +1,6 @@
 """GradientNormCallback: what the optimizer sees, in the Trainer's logs."""
 
+import logging
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,10 @@ from hf_stablespam.trainer.callbacks.helpers.reporting import (
     report_before_others,
 )
 from hf_stablespam.trainer.callbacks.helpers.step_figures import Watched, gradient_figures
+from hf_stablespam.trainer.callbacks.helpers.unseen_updates import refuse_unseen_updates
+from hf_stablespam.trainer.registration.flat_shards import refuse_flat_shards
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "gradients/"
 
@@ -90,9 +95,17 @@ class GradientNormCallback(ReportsFigures, KeepsState, TrainerCallback):
     def knowledge(self) -> dict[str, Any]:
         return self._restored if self._run is None else self._run.knowledge()
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        refuse_flat_shards(args, "GradientNormCallback")
+        refuse_unseen_updates(self, args)
+        if args.logging_strategy == "no":
+            logger.warning("GradientNormCallback adds figures to the training logs, and logging_strategy is 'no'")
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        refuse_flat_shards(args, "GradientNormCallback")
+        refuse_unseen_updates(self, args, kwargs["optimizer"])
         self._forget()
         self._restored = self.restored(state)
 

@@ -1,5 +1,6 @@
 """MomentumResetCallback: momentum resets, and a warm-up after each, for any Adam-like optimizer."""
 
+import logging
 import math
 import statistics
 from collections.abc import Iterable
@@ -17,8 +18,12 @@ from hf_stablespam.trainer.callbacks.helpers.reporting import (
 )
 from hf_stablespam.trainer.callbacks.helpers.restart import Restart, restart_of
 from hf_stablespam.trainer.callbacks.helpers.step_figures import raw_gradient_norm
+from hf_stablespam.trainer.callbacks.helpers.unseen_updates import refuse_unseen_updates
 from hf_stablespam.trainer.callbacks.helpers.unwrapping import unwrap
+from hf_stablespam.trainer.registration.flat_shards import refuse_flat_shards
 from hf_stablespam.trainer.registration.optim_args import SPAM, STABLE_SPAM, parse_optim_args
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "momentum/"
 _FEWEST_NORMS = 5  # a median of fewer says nothing about what is usual
@@ -83,6 +88,11 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
         self.spike_pause = _integer("spike_pause", spike_pause, 1, "100 is usual")
         if self.every is None and not self.at and self.on_spike is None:
             raise ValueError("MomentumResetCallback never resets: every, at and on_spike are all unset; set one")
+        if self.on_spike is None and (self.spike_window, self.spike_pause) != (100, 100):
+            raise ValueError(
+                f"spike_window and spike_pause must be left out without on_spike, got {self.spike_window} and "
+                f"{self.spike_pause}; set on_spike, such as 10"
+            )
         if self.every is not None and self.warmup_steps >= self.every:
             raise ValueError(
                 f"warmup_steps must be below every={self.every}, got {self.warmup_steps}: the next reset would come "
@@ -95,7 +105,7 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
         self._resets_seen = 0
         self._run: tuple[Restart, TrainerState] | None = None  # what resets, and the state of the present run
         self._factor = 1.0  # on the learning rate of the current step
-        self._schedule_lrs: list[Any] | None = None  # while a warm-up has changed them
+        self._schedule_lrs: list[tuple[dict[str, Any], Any]] = []  # of which groups, while a warm-up has changed them
 
     def arguments(self) -> dict[str, Any]:
         names = ("every", "at", "on_spike", "warmup_steps", "spike_window", "spike_pause")
@@ -108,6 +118,9 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._check_sole_owner(args, state)
+        refuse_unseen_updates(self, args)
+        if self.on_spike is not None:
+            refuse_flat_shards(args, "MomentumResetCallback with on_spike")
 
     def before_loading(self, optimizer: Any) -> None:
         """Learn how the optimizer is reset, and that it can be, before a checkpoint is loaded into it.
@@ -121,6 +134,8 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._check_sole_owner(args, state)
+        refuse_unseen_updates(self, args, kwargs["optimizer"])
+        self._say_what_never_comes(state.max_steps)
         self.before_loading(kwargs["optimizer"])
         # Here and not earlier: loading a checkpoint has just brought back the interval that was saved.
         for group in unwrap(kwargs["optimizer"]).param_groups:
@@ -147,25 +162,27 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
             self._resets_seen = restart.resets
         self._factor = self._warmup_factor(step)
         if self._factor < 1:
-            groups = kwargs["optimizer"].param_groups
-            self._schedule_lrs = [group["lr"] for group in groups]
-            for group in groups:
-                group["lr"] = group["lr"] * self._factor
+            self._schedule_lrs = [(group, group["lr"]) for group in kwargs["optimizer"].param_groups]
+            for group, rate in self._schedule_lrs:
+                group["lr"] = rate * self._factor
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._schedule_lrs is not None:
-            # Schedulers that compute the next rate from the present one must find what they left.
-            for group, lr in zip(kwargs["optimizer"].param_groups, self._schedule_lrs, strict=True):
-                group["lr"] = lr
-            self._schedule_lrs = None
+        self._put_rates_back()
         if self.on_spike is not None and self._is_spike(
             float(raw_gradient_norm(kwargs["model"], kwargs["optimizer"])), state.global_step + 1
         ):
             # The reset itself comes before the next step: a checkpoint of now would otherwise hold no state at all.
             self.last_spike = state.global_step + 1
             self.unlogged_resets += 1
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.last_spike and self.last_spike == state.global_step and self._run is not None:
+            self._run[0].reset()  # a second train() goes on with this optimizer
+            self._resets_seen = self._run[0].resets
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
@@ -178,6 +195,12 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
                 figures["learning_rate"] = logs["learning_rate"] * self._factor
         add_to_logs(figures, logs, state.log_history)
         self.unlogged_resets = 0
+
+    def _put_rates_back(self) -> None:
+        """Schedulers that compute the next rate from the present one must find what they left."""
+        for group, rate in self._schedule_lrs:
+            group["lr"] = rate
+        self._schedule_lrs = []
 
     def _check_sole_owner(self, args: TrainingArguments, state: TrainerState) -> None:
         dialect = {"stable_spam": STABLE_SPAM, "spam": SPAM}.get(getattr(args.optim, "value", args.optim))
@@ -194,13 +217,23 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
                 "give the steps of both to one callback, with every= and at="
             )
 
+    def _say_what_never_comes(self, max_steps: int) -> None:
+        late = [step for step in [*self.at, *([] if self.every is None else [self.every])] if step > max_steps > 0]
+        if late:
+            logger.warning(
+                "MomentumResetCallback is to reset at step %s, and the run has %d update steps: that reset never comes",
+                ", ".join(map(str, late)),
+                max_steps,
+            )
+
     def _restore(self, state: TrainerState) -> None:
         saved = self.restored(state)
         self.norms = list(saved.get("norms", []))
         self.last_spike = saved.get("last_spike", 0)
         self.last_outside = saved.get("last_outside", 0)
         self.unlogged_resets = saved.get("unlogged_resets", 0)
-        self._factor, self._schedule_lrs = 1.0, None
+        self._factor = 1.0
+        self._put_rates_back()  # of a run that broke off in the middle of a step
 
     def _notice_resets(self) -> None:
         """Count resets that others asked for, at the beginning of a stage of pruning for example."""

@@ -13,6 +13,8 @@ from hf_stablespam.trainer.callbacks.helpers.kept_state import KeepsState
 from hf_stablespam.trainer.callbacks.helpers.reporting import is_training_log
 from hf_stablespam.trainer.callbacks.helpers.spiked_steps import SpikedSteps, StepInputs
 from hf_stablespam.trainer.callbacks.helpers.step_figures import Watched
+from hf_stablespam.trainer.callbacks.helpers.unseen_updates import refuse_unseen_updates
+from hf_stablespam.trainer.registration.flat_shards import refuse_flat_shards
 
 
 class SpikeRecorder(KeepsState, TrainerCallback):
@@ -63,9 +65,15 @@ class SpikeRecorder(KeepsState, TrainerCallback):
     def knowledge(self) -> dict[str, Any]:
         return self._restored if self._steps is None else self._steps.scores.knowledge()
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        refuse_flat_shards(args, "SpikeRecorder")
+        refuse_unseen_updates(self, args)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        refuse_flat_shards(args, "SpikeRecorder")
+        refuse_unseen_updates(self, args, kwargs["optimizer"])
         self._steps, self._restored = None, self.restored(state)
         self._stop_following()
         self._file = SpikeFile(Path(str(args.output_dir)) / FILE_NAME, self.keep)

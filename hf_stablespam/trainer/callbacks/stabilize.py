@@ -8,6 +8,7 @@ from hf_stablespam.optim import stabilize
 from hf_stablespam.optim.stabilizer import check_stabilize_options
 from hf_stablespam.trainer.callbacks.helpers.unwrapping import unwrap
 from hf_stablespam.trainer.registration.factory import warn_of_global_clipping
+from hf_stablespam.trainer.registration.flat_shards import refuse_flat_shards
 
 
 class StabilizeCallback(TrainerCallback):
@@ -22,7 +23,8 @@ class StabilizeCallback(TrainerCallback):
         eps: ε in the denominator of AdaGN.
 
     Raises:
-        ValueError: an argument out of range; at the start of training an optimizer that is stabilised already.
+        ValueError: an argument out of range; with FSDP1 or DeepSpeed ZeRO, which leave no whole tensors; at the
+            start of training an optimizer that is stabilised already.
         TypeError: at the start of training an optimizer that does it by itself (`stable_spam`), or that updates
             inside the backward pass.
 
@@ -42,9 +44,13 @@ class StabilizeCallback(TrainerCallback):
         self.clip_beta, self.norm_betas, self.eps = clip_beta, norm_betas, eps
         self._stabilizer: object | None = None
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        refuse_flat_shards(args, "StabilizeCallback")
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        refuse_flat_shards(args, "StabilizeCallback")
         optimizer = unwrap(kwargs["optimizer"])
         if self._stabilizer is not None and getattr(optimizer, "stabilizer", None) is self._stabilizer:
             return  # a second train() with the same optimizer: the trackers go on as its moments do

@@ -1,5 +1,6 @@
 """Callbacks that the launcher's flags ask for, on every Trainer that a script builds."""
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,9 @@ def attach_callbacks(options: LaunchOptions) -> None:
     def attaching(original: Any) -> Any:
         def __init__(self: Any, callbacks: list[Any], *args: Any, **kwargs: Any) -> None:
             original(self, [*callbacks, *_wanted(options, callbacks)], *args, **kwargs)
-            Path(options.built).touch()
+            # A process that outlives the launcher, or runs on another node, has no such folder, and nobody to tell.
+            with contextlib.suppress(OSError):
+                Path(options.built).touch()
 
         return __init__
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hf_stablespam.trainer.patching import patch
+from hf_stablespam.trainer.registration.check_arguments import check_arguments
+from hf_stablespam.trainer.registration.converted_weights import load_the_rest
 from hf_stablespam.trainer.registration.flat_shards import refuse_flat_shards
 from hf_stablespam.trainer.registration.galore_groups import (
     PROJECTION_OPTIONS,
@@ -103,11 +105,26 @@ def teach_trainer(trainer_cls: "type[Trainer]") -> None:
     patch(trainer_cls, "get_optimizer_cls_and_kwargs", _knowing)
     patch(trainer_cls, "create_scheduler", _resolving_auto)
     patch(trainer_cls, "_load_optimizer_and_scheduler", _comparing)
+    patch(trainer_cls, "_load_from_checkpoint", _loading_all)
+    patch(trainer_cls, "_load_best_model", _loading_all_of_the_best)
+
+
+def teach_training_arguments(arguments_cls: type) -> None:
+    """Check the options of `BUILDERS`' names when arguments are made, and not when training begins."""
+    patch(arguments_cls, "__post_init__", _checking)
 
 
 def teach_callback_handler(handler_cls: type) -> None:
     """Prepare the optimizer at the start of training. Twice is harmless."""
     patch(handler_cls, "on_train_begin", _preparing)
+
+
+def _checking(original: Any) -> Any:
+    def __post_init__(self: "TrainingArguments") -> None:
+        original(self)
+        check_arguments(self)
+
+    return __post_init__
 
 
 def _knowing(original: Any) -> Any:
@@ -125,6 +142,24 @@ def _resolving_auto(original: Any) -> Any:
         return original(self, num_training_steps, optimizer)
 
     return create_scheduler
+
+
+def _loading_all(original: Any) -> Any:
+    def _load_from_checkpoint(self: "Trainer", resume_from_checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, resume_from_checkpoint, *args, **kwargs)
+        load_the_rest(self, resume_from_checkpoint)
+        return result
+
+    return _load_from_checkpoint
+
+
+def _loading_all_of_the_best(original: Any) -> Any:
+    def _load_best_model(self: "Trainer") -> Any:
+        result = original(self)
+        load_the_rest(self, self.state.best_model_checkpoint)
+        return result
+
+    return _load_best_model
 
 
 def _comparing(original: Any) -> Any:

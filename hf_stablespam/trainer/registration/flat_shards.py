@@ -17,20 +17,21 @@ _INSTEAD = (
 )
 
 
-def refuse_flat_shards(args: "TrainingArguments") -> None:
+def refuse_flat_shards(args: "TrainingArguments", who: str | None = None) -> None:
     """Stop a run whose optimizer would see slices of concatenated parameters.
 
     Args:
         args: of the run; what `accelerate launch` configured is looked up as well.
+        who: cannot work with them; default the optimizer.
 
     Raises:
         ValueError: for FSDP1, FSDP of torch_xla's first kind, and DeepSpeed ZeRO stages 1 to 3.
     """
-    name = getattr(args.optim, "value", args.optim)
+    who = who or f"optim={getattr(args.optim, 'value', args.optim)}"
     if fsdp_version(args) == 1:
-        raise ValueError(f"optim={name} does not work with FSDP version 1, {_INSTEAD}")
+        raise ValueError(f"{who} does not work with FSDP version 1, {_INSTEAD}")
     if (stage := zero_stage(args)) > 0:
-        raise ValueError(f"optim={name} does not work with DeepSpeed ZeRO stage {stage}, {_INSTEAD}")
+        raise ValueError(f"{who} does not work with DeepSpeed ZeRO stage {stage}, {_INSTEAD}")
 
 
 def fsdp_version(args: "TrainingArguments") -> int | None:
@@ -56,6 +57,11 @@ def zero_stage(args: "TrainingArguments") -> int:
         return int(config.get_value("zero_optimization.stage", 0))
     plugin = getattr(args, "deepspeed_plugin", None)
     return int(plugin.zero_stage) if plugin is not None else 0
+
+
+def runs_deepspeed(args: "TrainingArguments") -> bool:
+    """Whether DeepSpeed's engine trains, of whatever stage."""
+    return any(getattr(args, name, None) is not None for name in ("hf_deepspeed_config", "deepspeed_plugin"))
 
 
 def _launched_plugin(name: str) -> Any:

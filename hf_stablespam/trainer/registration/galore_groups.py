@@ -29,18 +29,10 @@ def parameter_groups(
     Raises:
         ValueError: `rank` without `optim_target_modules`, the other way round, or targets that no layer matches.
     """
-    if args.optim_target_modules is None:
-        raise ValueError(
-            f"rank={projection['rank']} in optim_args needs optim_target_modules, the layers to project; "
-            "set it to 'all-linear', a regular expression or a list of names"
-        )
-    if projection.get("rank") is None:
-        raise ValueError(
-            f"optim_target_modules={args.optim_target_modules!r} needs rank in optim_args, the directions to project "
-            "to, such as optim_args='rank=128'"
-        )
+    check_rank_and_targets(args, projection.get("rank"))
     if model is None:
         raise ValueError("rank in optim_args needs the model; call get_optimizer_cls_and_kwargs(args, model)")
+    assert args.optim_target_modules is not None
     targets = target_names(model, args.optim_target_modules)
     decaying = _decaying_names(model)
     groups: dict[tuple[bool, bool], list[Any]] = {}
@@ -55,6 +47,24 @@ def parameter_groups(
         }
         for (is_target, decays), params in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def check_rank_and_targets(args: "TrainingArguments", rank: int | None) -> None:
+    """`rank` and `optim_target_modules` need each other.
+
+    Raises:
+        ValueError: one of them alone.
+    """
+    if rank is not None and args.optim_target_modules is None:
+        raise ValueError(
+            f"rank={rank} in optim_args needs optim_target_modules, the layers to project; "
+            "set it to 'all-linear', a regular expression or a list of names"
+        )
+    if rank is None and args.optim_target_modules is not None:
+        raise ValueError(
+            f"optim_target_modules={args.optim_target_modules!r} needs rank in optim_args, the directions to project "
+            "to, such as optim_args='rank=128'"
+        )
 
 
 def target_names(model: "nn.Module", targets: str | list[str]) -> set[str]:

@@ -129,7 +129,7 @@ def parse_optim_args(text: str | None, dialect: Dialect = STABLE_SPAM) -> dict[s
     kwargs: dict[str, Any] = {}
     given: dict[tuple[str, int | None], str] = {}
     entries = re.sub(r"\s", "", text).split(",") if text and text.strip() else []
-    keys = {entry.partition("=")[0] for entry in entries}
+    keys = {entry.partition("=")[0] for entry in entries if not entry.lower().endswith("=none")}
     aliases = {key: option for key, option in dialect.aliases.items() if dialect.beside.get(key) not in keys}
     for entry in entries:
         key, equals, value = entry.partition("=")

@@ -58,6 +58,7 @@ def unregister() -> None:
 
 
 def _add_optimizer_name(training_args: ModuleType) -> None:
+    factory.teach_training_arguments(training_args.TrainingArguments)
     names = training_args.OptimizerNames
     for name in factory.BUILDERS:
         if name not in names._value2member_map_:

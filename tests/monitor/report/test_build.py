@@ -89,3 +89,19 @@ def test_a_report_that_would_be_too_large_is_thinned(tmp_path, monkeypatch):
     full = report.write_report([folder], tmp_path / "full.html")[0].stat().st_size
     monkeypatch.setattr(report, "LARGEST", full - 20_000)
     assert report.write_report([folder], tmp_path / "thin.html")[0].stat().st_size <= full - 20_000
+
+
+@pytest.mark.parametrize("png", [False, True])
+def test_a_disk_that_is_full_leaves_the_report_of_before(tmp_path, monkeypatch, capsys, png):
+    run, output = write_run(tmp_path / "run"), tmp_path / "out" / "report.html"
+    report.write_report([run], output, png)
+    before = {path: path.read_bytes() for path in output.parent.iterdir()}
+
+    def write_half(self, data, *args, **kwargs):
+        self.write_bytes(data.encode()[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(output), "write_text", write_half)
+    assert report.main([str(run), "-o", str(output), *(["--png"] if png else [])]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in output.parent.iterdir()} == before

@@ -206,3 +206,12 @@ def test_attached_twice_the_last_options_count(tmp_path, monkeypatch):
     (callback,) = [cb for cb in trainer.callback_handler.callbacks if isinstance(cb, MomentumResetCallback)]
     assert callback.every == 2
     assert (tmp_path / "built").exists()
+
+
+def test_a_child_that_outlives_the_launcher_makes_its_trainer(tmp_path, monkeypatch):
+    """The folder in which it left word is gone; on another node it has never been there."""
+    monkeypatch.setattr(CallbackHandler, "__init__", CallbackHandler.__init__)
+    attach_callbacks(LaunchOptions(gradient_norms=True, built=str(tmp_path / "gone" / "built")))
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    assert "gradients/norm" in trainer.state.log_history[0]
