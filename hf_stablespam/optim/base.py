@@ -10,6 +10,7 @@ from torch.optim.optimizer import Optimizer
 
 from hf_stablespam.optim.options import check_group_names, check_real
 from hf_stablespam.optim.plan import Result, State
+from hf_stablespam.optim.state.low_bit import restore
 
 
 class MeasuringOptimizer(Optimizer):
@@ -115,7 +116,7 @@ class MeasuringOptimizer(Optimizer):
         As with every torch optimizer the saved `param_groups` replace the options given to the constructor.
         `StableSPAM` also loads what `torch.optim.AdamW` saved: options that were not saved keep their values, the run
         goes on from its step and with its moments, and one line of the log says so (see
-        `hf_stablespam.optim.adoption`; its step count is read back to the host once).
+        `hf_stablespam.optim.state.from_adamw`; its step count is read back to the host once).
 
         Args:
             state_dict: what `state_dict` returned.
@@ -149,7 +150,7 @@ class MeasuringOptimizer(Optimizer):
             if saved_id in state_dict["state"]:
                 fresh, saved = self._fresh_state(param, group), state_dict["state"][saved_id]
                 self._check_saved(saved_id, fresh, saved)
-                self.state[param] = {name: fresh[name].copy_(saved[name]) for name in fresh}
+                self.state[param] = {name: restore(fresh[name], saved[name]) for name in fresh}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

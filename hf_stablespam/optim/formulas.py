@@ -1,18 +1,34 @@
-"""AdaClip and AdaGN as functions of tensors: what Stable-SPAM puts in front of Adam.
+"""The method as functions of tensors: AdaClip, AdaGN, the decay, and Adam. Symbols are those of arXiv 2502.17055.
 
-Everything here works on one gradient with 0-dimensional trackers or Python floats, and (except for the two functions
-that take a gradient) on many at once, with trackers stacked to one vector. Symbols are those of arXiv 2502.17055.
+What is kept for each tensor comes as a vector with one entry per tensor; a function that takes a gradient takes these
+numbers 0-dimensional, or as a column beside a matrix whose rows belong to different tensors.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_stablespam.optim.numbers import Number, at_least, at_most, divide, expm1, range_of, sqrt, where
+
+class Coefficients(NamedTuple):
+    """With what an update multiplies; for a tensor that is passed over they leave everything as it is."""
+
+    threshold: Tensor  # T̂: what is larger is clipped
+    ratio: Tensor  # T̂/gmax
+    factor: Tensor  # AdaGN's c/n, with the sign of descent
+    keep: Tensor  # sβ1, of the old M; 0 after a reset
+    enter: Tensor  # 1 − sβ1, of the gradient in M
+    keep_sq: Tensor  # β2, of the old V
+    enter_sq: Tensor  # 1 − β2
+    correction: Tensor  # 1 − (sβ1)ᵏ
+    correction_sq: Tensor  # 1 − β2ᵏ
+    lr: Tensor
+    decay: Tensor  # 1 − lr·wd
+    eps: Tensor
 
 
-def bias_correction(beta: Number, step: Number) -> Number:
+def bias_correction(beta: Tensor | float, step: Tensor) -> Tensor:
     """``1 − βᵗ`` for ``t ≥ 1``, through ``expm1`` so that float32 keeps it exact when β is close to 1.
 
     Example:
@@ -20,13 +36,45 @@ def bias_correction(beta: Number, step: Number) -> Number:
         tensor([0.0010, 0.6323])
     """
     if isinstance(beta, Tensor):
-        log_beta: Number = beta.log()
-    else:
-        log_beta = math.log(beta) if beta > 0 else -math.inf
-    return -expm1(step * log_beta)
+        return -(step * beta.log()).expm1()
+    return -(step * (math.log(beta) if beta > 0 else -math.inf)).expm1()
 
 
-def clip_threshold(clip_max: Number, grad_max: Number, step: Number, *, clip_beta: float) -> tuple[Number, Number]:
+def cosine_decay(step: Tensor, decay_steps: int | str | None, decay_floor: float) -> Tensor | float:
+    r"""Factor that multiplies β1 and γ1 at ``step``: a cosine from 1 to ``decay_floor`` that stays there.
+
+    .. math:: s(t) = f + (1 - f)\,\frac{1 + \cos\left(\pi\,\min(t, D+1)/(D+1)\right)}{2}
+
+    Args:
+        step: steps taken, ``t = 1, 2, …``, any shape.
+        decay_steps: ``D``, in optimizer steps (``total_T`` in the official code); ``None`` for no decay.
+        decay_floor: ``f``, the value at the end, in [0, 1] (0.5 in the paper's code).
+
+    Returns:
+        A tensor like ``step``, or the number 1.0 when ``decay_steps`` is ``None``.
+
+    Example:
+        >>> cosine_decay(torch.tensor([0.0, 50.5, 101.0, 500.0]), 100, 0.5)
+        tensor([1.0000, 0.7500, 0.5000, 0.5000])
+    """
+    if decay_steps is None or decay_steps == "auto":  # "auto" until the length of the run is known
+        return 1.0
+    period = int(decay_steps) + 1
+    cosine = (step.clamp(max=float(period)) * (math.pi / period)).cos()
+    return decay_floor + (1 - decay_floor) * (1 + cosine) / 2
+
+
+def is_reset_step(step: Tensor, reset_interval: int | None) -> Tensor:
+    """Whether MoRet empties the moments at step ``t = 1, 2, …``: every ``ΔT`` steps."""
+    return step < 0 if reset_interval is None else step % reset_interval == 0
+
+
+def is_usable(norm: Tensor) -> Tensor:
+    """Whether a gradient may enter any state: its squared norm is finite in the dtype of the statistics."""
+    return (norm * norm).isfinite()
+
+
+def clip_threshold(clip_max: Tensor, grad_max: Tensor, step: Tensor, *, clip_beta: float) -> tuple[Tensor, Tensor]:
     """AdaClip's threshold: a debiased running mean of the largest gradient entry.
 
     ``T ← γ3·T + (1−γ3)·gmax``,  ``T̂ = T / (1−γ3ᵗ)``
@@ -44,36 +92,36 @@ def clip_threshold(clip_max: Number, grad_max: Number, step: Number, *, clip_bet
     return clip_max, clip_max / bias_correction(clip_beta, step)
 
 
-def clip_ratio(grad_max: Number, threshold: Number) -> Number:
-    """``T̂/gmax``, by which AdaClip scales every entry above ``T̂``; 1 for a gradient of zeros."""
-    return where(grad_max > threshold, divide(threshold, grad_max), 1.0)
+def clip_ratio(grad_max: Tensor, threshold: Tensor) -> Tensor:
+    """``T̂/gmax``, by which AdaClip scales every entry above ``T̂``; 1 where none is."""
+    return torch.where(grad_max > threshold, threshold / grad_max, 1.0)
 
 
-def clip_spikes(grad: Tensor, threshold: Tensor | float, ratio: Tensor | float) -> tuple[Tensor, Tensor]:
+def clip_spikes(grad: Tensor, threshold: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
     """AdaClip: scale (not clamp) the entries above the threshold: ``g_i ← g_i·T̂/gmax`` where ``|g_i| > T̂``.
 
     Args:
         grad: ``g``, any shape.
-        threshold: ``T̂``, a number or 0-dimensional.
-        ratio: ``T̂/gmax`` from `clip_ratio`, a number or 0-dimensional.
+        threshold: ``T̂``, 0-dimensional or a column.
+        ratio: ``T̂/gmax`` from `clip_ratio`, 0-dimensional or a column.
 
     Returns:
-        The clipped gradient (a new tensor), and the number of clipped entries.
+        The clipped gradient (a new tensor), and which entries were clipped.
     """
     spikes = grad.abs() > threshold
-    return torch.where(spikes, grad * ratio, grad), spikes.count_nonzero()
+    return torch.where(spikes, grad * ratio, grad), spikes
 
 
 def norm_target(
-    norm_mean: Number,
-    norm_sq: Number,
-    norm: Number,
-    step: Number,
+    norm_mean: Tensor,
+    norm_sq: Tensor,
+    norm: Tensor,
+    step: Tensor,
     *,
     norm_betas: tuple[float, float],
-    decay: Number,
+    decay: Tensor | float,
     eps: float,
-) -> tuple[Number, Number, Number]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """AdaGN's target norm: an Adam-like ratio of the two running moments of the gradient's norm.
 
     ``m ← sγ1·m + (1−sγ1)·n``,  ``v ← γ2·v + (1−γ2)·n²``,  ``c = m̂ / (√v̂ + ε)``
@@ -94,18 +142,51 @@ def norm_target(
     norm_mean = gamma1 * norm_mean + (1 - gamma1) * norm
     norm_sq = gamma2 * norm_sq + (1 - gamma2) * (norm * norm)
     mean_hat = norm_mean / bias_correction(gamma1, step)
-    root_hat = sqrt(norm_sq / bias_correction(gamma2, step))
-    floor = range_of(norm).tiny  # v of a tiny gradient underflows to 0, and eps may be 0
-    return norm_mean, norm_sq, mean_hat / at_least(root_hat + eps, floor)
+    root_hat = (norm_sq / bias_correction(gamma2, step)).sqrt()
+    floor = torch.finfo(norm.dtype).tiny  # v of a tiny gradient underflows to 0, and eps may be 0
+    return norm_mean, norm_sq, mean_hat / (root_hat + eps).clamp(min=floor)
 
 
-def norm_factor(target: Number, norm: Number) -> Number:
+def norm_factor(target: Tensor, norm: Tensor) -> Tensor:
     """``c/n``, the one factor by which AdaGN multiplies a gradient; 0 for a gradient of zeros (no division)."""
-    factor = at_most(divide(target, norm), range_of(norm).max)  # a denormal norm divides to inf
-    return where(norm > 0, factor, 0.0)
+    factor = (target / norm).clamp(max=torch.finfo(norm.dtype).max)  # a denormal norm divides to inf
+    return torch.where(norm > 0, factor, 0.0)
+
+
+def scale_of(grad_max: Tensor) -> Tensor:
+    """By what to divide before squaring: squares of tiny and huge entries leave float32's range otherwise."""
+    return torch.where((grad_max > 0) & grad_max.isfinite(), grad_max, 1.0)
 
 
 def safe_norm(grad: Tensor, grad_max: Tensor) -> Tensor:
-    """``‖g‖₂`` by way of ``gmax·‖g/gmax‖``: squares of tiny and huge entries leave float32's range otherwise."""
-    scale = torch.where(grad_max > 0, grad_max, torch.ones_like(grad_max))
+    """``‖g‖₂`` by way of ``gmax·‖g/gmax‖``."""
+    scale = scale_of(grad_max)
     return scale * torch.linalg.vector_norm(grad / scale)
+
+
+def smallest_root(dtype: torch.dtype) -> float:
+    """``√V`` of the smallest ``V`` above zero: below it stands only the root of a ``V`` that is zero.
+
+    As the least denominator of Adam it changes none, and where ``ε = 0`` and no gradient ever was anything but zero
+    it divides 0 by a number.
+    """
+    return math.sqrt(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
+
+
+def adam_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, by: Coefficients) -> None:
+    """MoRet and AdamW in place, on a stabilised gradient.
+
+    ``M ← β1·M + (1−β1)·g``,  ``V ← β2·V + (1−β2)·g²``,
+    ``w ← w·(1−lr·wd) − lr·(M/(1−β1ᵏ)) / (√(V/(1−β2ᵏ)) + ε)``
+
+    Args:
+        weight: ``w``, any shape, float32 or float64 like everything here; changed.
+        grad: ``g``, clipped and normalised, not changed.
+        exp_avg: ``M``, changed.
+        exp_avg_sq: ``V``, changed.
+        by: numbers of the tensor; its clipping is not looked at.
+    """
+    exp_avg.mul_(by.keep).addcmul_(grad, by.enter)
+    exp_avg_sq.mul_(by.keep_sq).addcmul_(grad * by.enter_sq, grad)
+    root = (exp_avg_sq / by.correction_sq).sqrt_().add_(by.eps).clamp_(min=smallest_root(grad.dtype))
+    weight.mul_(by.decay).sub_(exp_avg / by.correction * by.lr / root)

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_stablespam.optim.dispatch import step_group
+from hf_stablespam.optim.backends.sharding import is_sharded
 from hf_stablespam.optim.plan import Batch, Result
-from hf_stablespam.optim.sharded import is_sharded
-from hf_stablespam.optim.stable_spam import StableSPAM, check_before_step
+from hf_stablespam.optim.stable_spam import StableSPAM, check_before_step, update
 
 
 class LayerwiseStableSPAM(StableSPAM):
@@ -87,5 +86,5 @@ class LayerwiseStableSPAM(StableSPAM):
         if param.numel() > 0:
             if not self.state[param]:
                 self.state[param] = self._fresh_state(param, group)
-            self._updated += step_group(Batch([param], [param.grad], [self.state[param]]), group)
+            self._updated += update([(Batch([param], [param.grad], [self.state[param]]), group)])
         param.grad = None

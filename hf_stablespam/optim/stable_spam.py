@@ -6,15 +6,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_stablespam.optim.adoption import MOMENTS, SCALES, adopted, check_same_shapes, fresh_state
 from hf_stablespam.optim.base import MeasuringOptimizer
-from hf_stablespam.optim.dispatch import step_group
-from hf_stablespam.optim.galore import warn_of_clamped_rank
-from hf_stablespam.optim.galore_options import check_galore, check_targets
-from hf_stablespam.optim.low_bit import clear
-from hf_stablespam.optim.options import AUTO, check_dense, check_stable_spam
-from hf_stablespam.optim.plan import Batch, Result, State
-from hf_stablespam.optim.sharded import set_sharded_apart, sharded_step
+from hf_stablespam.optim.galore.step import apply_updates, split_projected, warn_of_clamped_rank
+from hf_stablespam.optim.options import AUTO, STABLE_SPAM, check_dense, check_options, check_targets
+from hf_stablespam.optim.plan import Batch, Options, Result, State
+from hf_stablespam.optim.state.fresh import MOMENTS, check_same_shapes, fresh_state
+from hf_stablespam.optim.state.from_adamw import adopted
+from hf_stablespam.optim.state.low_bit import clear
+from hf_stablespam.optim.step import step
 
 
 class StableSPAM(MeasuringOptimizer):
@@ -113,33 +112,11 @@ class StableSPAM(MeasuringOptimizer):
         proj_type: str = "std",
         reset_on_switch: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "clip_beta": clip_beta,
-            "norm_betas": norm_betas,
-            "reset_interval": reset_interval,
-            "decay_steps": decay_steps,
-            "decay_floor": decay_floor,
-            "maximize": maximize,
-            "foreach": foreach,
-            "fused": fused,
-            "state_dtype": state_dtype,
-            "stochastic_rounding": stochastic_rounding,
-            "state_bits": state_bits,
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "proj_type": proj_type,
-            "reset_on_switch": reset_on_switch,
-        }
-        super().__init__(params, defaults)
+        given = locals()
+        super().__init__(params, {name: given[name] for name in STABLE_SPAM})
 
     def _check_options(self, options: dict[str, Any]) -> None:
-        check_stable_spam(options)
-        check_galore(options)
+        check_options(STABLE_SPAM, options)
 
     def _check_params(self, group: dict[str, Any]) -> None:
         super()._check_params(group)
@@ -153,11 +130,7 @@ class StableSPAM(MeasuringOptimizer):
     def _update(self) -> list[Result]:
         for group in self.param_groups:
             check_before_step(group)
-        batches, sharded = set_sharded_apart([(self._batch(group), group) for group in self.param_groups])
-        results = sharded_step(sharded)
-        for batch, group in batches:
-            results += step_group(batch, group)
-        return results
+        return update([(self._batch(group), group) for group in self.param_groups])
 
     def _before_loading(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         return adopted(state_dict, self.param_groups)
@@ -184,9 +157,6 @@ class StableSPAM(MeasuringOptimizer):
             for name in (*MOMENTS, "moment_step"):
                 if name in state:
                     clear(state[name])
-            for name in SCALES:
-                if name in state:
-                    state[name].fill_(1)
 
     def _batch(self, group: dict[str, Any]) -> Batch:
         """The parameters that this step updates, with their states, which begin to exist here."""
@@ -199,6 +169,19 @@ class StableSPAM(MeasuringOptimizer):
                 batch.grads.append(param.grad)
                 batch.states.append(self.state[param])
         return batch
+
+
+def update(batches: list[tuple[Batch, Options]]) -> list[Result]:
+    """One step for parameters of some groups, whose projected matrices take it by their projections."""
+    sorted_batches, projections = [], []
+    for batch, options in batches:
+        rest, projected = split_projected(batch, options)
+        sorted_batches.append((rest, options))
+        if projected is not None:
+            sorted_batches.append((projected.low, projected.options))
+            projections.append(projected)
+    results = step(sorted_batches)
+    return apply_updates(projections, results) if projections else results
 
 
 def check_before_step(group: dict[str, Any]) -> None:

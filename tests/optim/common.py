@@ -6,8 +6,8 @@ from hf_stablespam.optim import StableSPAM
 
 PATHS = {
     "loop": {"foreach": False, "fused": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
+    "torch": {"foreach": True},
+    "numba": {"fused": True},
 }
 
 # Against the float64 reference: (rtol, atol) on weights of size one after some steps of size lr <= 1e-2.

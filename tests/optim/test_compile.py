@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from hf_stablespam.optim import StableSPAM
-from hf_stablespam.optim.adoption import fresh_state
-from hf_stablespam.optim.single_tensor import stable_spam_step
+from hf_stablespam.optim.plan import Batch
+from hf_stablespam.optim.state.fresh import fresh_state
+from hf_stablespam.optim.step import step
 from tests.optim.common import gradients, parameters, train
 
 needs_compiler = pytest.mark.skipif(
@@ -43,7 +44,7 @@ def test_the_loop_body_has_no_graph_break():
     (param,) = parameters((6, 5))
     options = StableSPAM([param], reset_interval=3, decay_steps=4).param_groups[0]
     weight, state = param.detach().clone(), fresh_state(param, options)
-    body = torch.compile(stable_spam_step, backend="aot_eager", fullgraph=True)
+    body = torch.compile(step, backend="aot_eager", fullgraph=True)
     for ((grad,),) in zip(gradients([param], 3), strict=True):
-        body(weight, grad, state, options)
+        body([(Batch([weight], [grad], [state]), options)])
     assert state["step"] == 3

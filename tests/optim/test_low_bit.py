@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from hf_stablespam.optim import StableSPAM, low_bit
+from hf_stablespam.optim import StableSPAM
+from hf_stablespam.optim.state import low_bit
 from tests.optim.common import gradients, parameters, train
 
 pytest.importorskip("torchao.optim", reason="low-bit states are torchao's (extra lowbit)")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_stablespam.optim import StableSPAM
-from hf_stablespam.optim.rounding import stochastic_bfloat16
+from hf_stablespam.optim.state.stochastic_rounding import stochastic_bfloat16
 from tests.optim.common import PATHS, TOLERANCE, assert_identical, gradients, parameters, snapshot, train
 from tests.reference.stable_spam import Hyperparameters, Reference
 

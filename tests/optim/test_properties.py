@@ -2,12 +2,11 @@
 
 import math
 
-import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_stablespam.optim import StableSPAM, fused_cpu
+from hf_stablespam.optim import StableSPAM
 from tests.optim.common import PATHS
 
 SHAPES = [(), (0,), (1,), (7,), (3, 0), (5, 6), (33, 40), (2, 3, 4, 5)]
@@ -18,7 +17,7 @@ options_strategy = st.fixed_dictionaries(
     {
         "lr": st.sampled_from([0.0, 1e-4, 1e-2]),
         "betas": st.sampled_from([(0.9, 0.999), (0.0, 0.9), (0.5, 0.0)]),
-        "eps": st.sampled_from([1e-8, 1e-6]),
+        "eps": st.sampled_from([0.0, 1e-8, 1e-6]),
         "weight_decay": st.sampled_from([0.0, 0.1]),
         "clip_beta": st.sampled_from([None, 0.0, 0.9, 0.999]),
         "norm_betas": st.sampled_from([None, (0.7, 0.9), (0.0, 0.0), (0.85, 0.99999)]),
@@ -77,12 +76,12 @@ def run(tensors, steps, dtype, options, path, late):
         assert param.isfinite().all()
         for name, value in optimizer.state[param].items() if param in optimizer.state else ():
             assert value.isfinite().all(), name
-    assert all(value.isfinite().all() for name, value in optimizer.statistics.items() if name == "norm_factor")
+    if dtype != torch.float64:  # its factors may leave the range of the statistics, which are float32
+        assert all(value.isfinite().all() for name, value in optimizer.statistics.items() if name == "norm_factor")
     return params, optimizer
 
 
-@pytest.mark.parametrize("direct", [False, True], ids=["by copies", "direct"])
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(
     tensors=st.lists(tensor_strategy, min_size=3, max_size=3),
     steps=steps_strategy,
@@ -90,14 +89,8 @@ def run(tensors, steps, dtype, options, path, late):
     options=options_strategy,
     late=st.booleans(),
 )
-def test_never_a_nan_and_all_paths_agree(direct, tensors, steps, dtype, options, late):
-    coefficients = fused_cpu.direct_coefficients
-    try:
-        if not direct:
-            fused_cpu.direct_coefficients = lambda *_: None
-        results = {name: run(tensors, steps, dtype, options, path, late) for name, path in PATHS.items()}
-    finally:
-        fused_cpu.direct_coefficients = coefficients
+def test_never_a_nan_and_all_paths_agree(tensors, steps, dtype, options, late):
+    results = {name: run(tensors, steps, dtype, options, path, late) for name, path in PATHS.items()}
     expected, by_loop = results["loop"]
     step_size = max(options["lr"], 1e-3 if late else 0) * len(steps)
     bound = {torch.float64: 1e-9, torch.float32: 1e-3 * step_size + 1e-6}.get(dtype, 0.04 + step_size)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_stablespam.optim import SPAM, StableSPAM
-from hf_stablespam.optim.sparse_mask import draw_mask, kept_entries, mask_indices
+from hf_stablespam.optim.state.sparse_mask import draw_mask, kept_entries, mask_indices
 from tests.optim.common import TOLERANCE, assert_identical, gradients, parameters, snapshot, train
 from tests.reference.spam import Hyperparameters, Reference
 
@@ -275,7 +275,7 @@ def test_statistics_follow_the_parameters():
         ({"eps": -1e-6}, "eps must be a number >= 0"),
         ({"weight_decay": -0.1}, "weight_decay must be a number >= 0"),
         ({"threshold": 0}, "threshold must be a number > 0, got 0; None switches clipping off"),
-        ({"threshold": -5}, "threshold must be a number >= 0, got -5; None"),
+        ({"threshold": -5}, "threshold must be a number > 0, got -5; None"),
         ({"clip_delay": 1.5}, "clip_delay must be a whole number >= 0, got 1.5"),
         ({"reset_interval": 0}, "reset_interval must be a whole number of steps >= 1, got 0; None switches resets"),
         ({"warmup_steps": -1}, "warmup_steps must be a whole number >= 0, got -1"),

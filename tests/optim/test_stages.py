@@ -1,36 +1,32 @@
-"""Remove any one stage of the method and a golden comparison fails: no stage is untested, on no path."""
+"""Remove any one stage of the method and a golden comparison fails: no stage is untested, in no backend."""
 
 import pytest
 import torch
 
-from hf_stablespam.optim import cpu_direct, fused_cpu, plan
 from hf_stablespam.optim import formulas as equations
-from hf_stablespam.optim.numbers import constant
+from hf_stablespam.optim import plan, step
 from tests.optim.common import PATHS, assert_identical, parameters, snapshot, train
 from tests.optim.test_golden import FILES, load
 
-ALL_PATHS = {**PATHS, "fused, by copies": {"fused": True}}
-
 REMOVED = {
-    "clip": ("clip_threshold", lambda t, grad_max, step, clip_beta: (t, constant(torch.inf, grad_max))),
-    "normalise": ("norm_factor", lambda target, norm: constant(1, norm)),
+    "clip": ("clip_threshold", lambda t, grad_max, step, clip_beta: (t, torch.full_like(grad_max, torch.inf))),
+    "normalise": ("norm_factor", lambda target, norm: torch.ones_like(norm)),
     "reset": ("is_reset_step", lambda step, interval: step < 0),
     "decay": ("cosine_decay", lambda step, steps, floor: 1.0),
-    "bias correction": ("bias_correction", lambda beta, step: constant(1, step)),
+    "bias correction": ("bias_correction", lambda beta, step: torch.ones_like(step)),
     "debiasing of the threshold": (
         "clip_threshold",
         lambda t, grad_max, step, clip_beta: ((new := clip_beta * t + (1 - clip_beta) * grad_max), new),
     ),
 }
+# a coefficient that a backend could forget to use → its value where it does nothing
+NEUTRAL = {
+    **{"threshold": torch.inf, "ratio": 1, "factor": 1, "keep": 0, "enter": 1, "keep_sq": 0, "enter_sq": 1},
+    **{"correction": 1, "correction_sq": 1, "lr": 0, "decay": 1, "eps": 1e-2},
+}
 # which of the golden trajectories shows it
 SHOWS = {"reset": "reset", "decay": "reset_decay_wd"}
-
-
-@pytest.fixture(params=ALL_PATHS)
-def path(request, monkeypatch):
-    if request.param == "fused, by copies":
-        monkeypatch.setattr(fused_cpu, "direct_coefficients", lambda *_: None)
-    return ALL_PATHS[request.param]
+paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 
 
 def largest_error(name, path):
@@ -41,24 +37,40 @@ def largest_error(name, path):
     return max((param - tensors[f"paper.{i}"][-1]).abs().max().item() for i, param in enumerate(params))
 
 
+@paths
 @pytest.mark.parametrize("name", FILES)
-def test_with_all_stages_every_path_ends_where_the_golden_trajectories_end(path, name):
+def test_with_all_stages_every_backend_ends_where_the_golden_trajectories_end(path, name):
     assert largest_error(name, path) < 1e-9
 
 
+@paths
 @pytest.mark.parametrize("stage", REMOVED)
 def test_without_one_stage_it_does_not(path, stage, monkeypatch):
-    if stage == "bias correction":  # on copies PyTorch's AdamW corrects by itself: there it cannot be removed
-        monkeypatch.setattr(fused_cpu, "direct_coefficients", cpu_direct.direct_coefficients)
     monkeypatch.setattr(plan, *REMOVED[stage])
     assert largest_error(SHOWS.get(stage, "no_reset"), path) > 1e-5
 
 
+@paths
+@pytest.mark.parametrize("coefficient", NEUTRAL)
+def test_every_backend_uses_every_coefficient(path, coefficient, monkeypatch):
+    decide = step.plan_update
+
+    def without(*arguments):
+        decided = decide(*arguments)
+        value = torch.full_like(decided.by.lr, NEUTRAL[coefficient])
+        return decided._replace(by=decided.by._replace(**{coefficient: value}))
+
+    monkeypatch.setattr(step, "plan_update", without)
+    assert largest_error("reset_decay_wd", path) > 1e-5
+
+
+@paths
 def test_without_the_bias_correction_of_the_trackers_it_does_not(path, monkeypatch):
-    monkeypatch.setattr(equations, "bias_correction", lambda beta, step: constant(1, step))
+    monkeypatch.setattr(equations, "bias_correction", lambda beta, step: torch.ones_like(step))
     assert largest_error("no_reset", path) > 1e-5
 
 
+@paths
 def test_without_the_non_finite_guard_a_bad_gradient_spoils_the_tensor(path, monkeypatch):
     def after_a_bad_gradient():
         params = parameters((6, 5))
@@ -68,6 +80,6 @@ def test_without_the_non_finite_guard_a_bad_gradient_spoils_the_tensor(path, mon
         return before, snapshot(optimizer)
 
     assert_identical(*after_a_bad_gradient())
-    monkeypatch.setattr(plan, "is_usable", lambda norm: constant(1, norm) > 0)
+    monkeypatch.setattr(plan, "is_usable", lambda norm: torch.ones_like(norm) > 0)
     before, after = after_a_bad_gradient()
     assert any(not torch.equal(before[0][name], after[0][name]) for name in before[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_stablespam.optim.dispatch import has_triton
+from hf_stablespam.optim.backends import has_triton
 
 CASES = Path(__file__).with_name("triton_cases.py")
 

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from hf_stablespam.optim import StableSPAM, triton_kernels
-from hf_stablespam.optim import stable_spam as module
-from hf_stablespam.optim.plan import Result
-from hf_stablespam.optim.triton_step import triton_step
+from hf_stablespam.optim import StableSPAM
+from hf_stablespam.optim import step as module
+from hf_stablespam.optim.backends import triton_kernels, triton_ops
 from tests.optim.common import TOLERANCE, assert_identical, gradients, parameters, snapshot, train
 from tests.reference.stable_spam import Hyperparameters, Reference
 
@@ -18,11 +17,7 @@ SHAPES = [(37, 21), (), (130,), (3, 4, 5)]
 def by_triton(monkeypatch):
     """Every step goes through the kernels, in small chunks."""
     monkeypatch.setattr(triton_kernels, "BLOCK", 128)
-    monkeypatch.setattr(
-        module,
-        "step_group",
-        lambda batch, group: [Result(batch.params, triton_step(batch, group))] if batch.params else [],
-    )
+    monkeypatch.setattr(module, "choose_backend", lambda *_: triton_ops.TritonOps)
 
 
 def on_device(*shapes, dtype=torch.float32):

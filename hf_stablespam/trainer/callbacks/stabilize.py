@@ -5,7 +5,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_stablespam.optim import stabilize
-from hf_stablespam.optim.stabilizer import check_stabilize_options
+from hf_stablespam.optim.stabilize.stabilizer import check_stabilize_options
 from hf_stablespam.trainer.callbacks.helpers.unwrapping import unwrap
 from hf_stablespam.trainer.registration.factory import warn_of_global_clipping
 from hf_stablespam.trainer.registration.flat_shards import refuse_flat_shards

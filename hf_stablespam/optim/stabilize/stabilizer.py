@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from hf_stablespam.optim.base import ordered
-from hf_stablespam.optim.options import check_dense, check_stable_spam
-from hf_stablespam.optim.plan import Result, State, Trackers
-from hf_stablespam.optim.stabilized_gradient import stabilize_gradient
+from hf_stablespam.optim.options import STABLE_SPAM, check_dense, check_options
+from hf_stablespam.optim.plan import Batch, Result, State
+from hf_stablespam.optim.state.fresh import COUNTERS, TRACKERS
+from hf_stablespam.optim.step import rescale
 
 _TRACKERS = ("step", "clip_max", "norm_mean", "norm_sq")  # what is saved; the others say nothing without moments
 _PREFIX = "stabilizer_"
@@ -145,14 +146,17 @@ class Stabilizer:
         params = [param for param in self._params() if param.grad is not None and param.numel() > 0]
         for param in params:
             _check_gradient(param)
+        batch = Batch(params, [], [])
         for param in params:
-            found = param.grad
-            assert found is not None
-            state = self._trackers.setdefault(param, _fresh_trackers(param))
-            grad, row = stabilize_gradient(found, state, self._options)
-            self._last_step.append(Result([param], {name: value.view(1) for name, value in row.items()}))
-            self._found[param] = found
-            param.grad = grad
+            assert param.grad is not None
+            batch.grads.append(param.grad)
+            batch.states.append(self._trackers.setdefault(param, _fresh_trackers(param)))
+        self._found = dict(zip(params, batch.grads, strict=True))
+        for result, grads in rescale([(batch, self._options)] if params else []):
+            self._last_step.append(result)
+            bad = result.statistics["nonfinite"].unbind()
+            for param, grad, is_bad in zip(result.params, grads, bad, strict=True):
+                param.grad = None if grad.is_cpu and is_bad else grad
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for param, grad in self._found.items():
@@ -197,18 +201,17 @@ def check_stabilize_options(
     Raises:
         ValueError: for an option out of its range.
     """
-    options = {"clip_beta": clip_beta, "norm_betas": norm_betas, "eps": eps}
-    off = {"reset_interval": None, "decay_steps": None, "decay_floor": 0.5, "maximize": False}
-    adam = {"lr": 0.0, "betas": (0.0, 0.0), "weight_decay": 0.0, "foreach": None, "fused": None}
-    storage = {"state_dtype": None, "stochastic_rounding": False, "state_bits": 32}
-    check_stable_spam({**options, **off, **adam, **storage})
-    return {**options, **off, "betas": adam["betas"]}
+    given = {"clip_beta": clip_beta, "norm_betas": norm_betas, "eps": eps}
+    check_options({name: STABLE_SPAM[name] for name in given}, given)
+    off = {"reset_interval": None, "decay_steps": None, "weight_decay": 0.0, "lr": 0.0}
+    return {name: option.default for name, option in STABLE_SPAM.items()} | off | given
 
 
 def _fresh_trackers(param: Tensor) -> State:
     """Trackers as `StableSPAM` begins them, of which those about moments say nothing here."""
     precise = torch.promote_types(param.dtype, torch.float32)
-    return {name: torch.zeros((), dtype=precise, device=param.device) for name in Trackers._fields}
+    dtypes = dict.fromkeys(COUNTERS, torch.float32) | dict.fromkeys(TRACKERS, precise)
+    return {name: torch.zeros((), dtype=dtype, device=param.device) for name, dtype in dtypes.items()}
 
 
 def _innermost(optimizer: Any) -> Any:

@@ -7,10 +7,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_stablespam.optim.base import MeasuringOptimizer
+from hf_stablespam.optim.options import SPAM as OPTIONS
+from hf_stablespam.optim.options import check_dense, check_options
 from hf_stablespam.optim.plan import Result, State
-from hf_stablespam.optim.spam_options import check_gradients, check_spam
-from hf_stablespam.optim.spam_update import spam_step
-from hf_stablespam.optim.sparse_mask import draw_mask, empty_mask, kept_entries
+from hf_stablespam.optim.spam.update import spam_step
+from hf_stablespam.optim.state.sparse_mask import draw_mask, empty_mask, kept_entries
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -82,23 +83,11 @@ class SPAM(MeasuringOptimizer):
         seed: int = 0,
         maximize: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "threshold": threshold,
-            "clip_delay": clip_delay,
-            "reset_interval": reset_interval,
-            "warmup_steps": warmup_steps,
-            "density": density,
-            "seed": seed,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults)
+        given = locals()
+        super().__init__(params, {name: given[name] for name in OPTIONS})
 
     def _check_options(self, options: dict[str, Any]) -> None:
-        check_spam(options)
+        check_options(OPTIONS, options)
 
     def _fresh_state(self, param: Tensor, group: dict[str, Any]) -> State:
         return fresh_spam_state(param, group)
@@ -170,3 +159,18 @@ def fresh_spam_state(param: Tensor, group: dict[str, Any]) -> State:
         kept = kept_entries(param.numel(), group["density"])
         return state | {name: torch.zeros(kept, dtype=param.dtype, device=param.device) for name in _MOMENTS}
     return state | {name: torch.zeros_like(param, memory_format=torch.preserve_format) for name in _MOMENTS}
+
+
+def check_gradients(group: dict[str, Any]) -> None:
+    """Gradients must be dense and parameters whole.
+
+    Raises:
+        ValueError: for the first that is not.
+    """
+    for param in group["params"]:
+        check_dense(param)
+        if param.grad is not None and hasattr(param, "device_mesh"):
+            raise ValueError(
+                f"SPAM needs whole parameters, got a sharded one (DTensor) of shape {tuple(param.shape)}; "
+                "train with DDP, or use StableSPAM"
+            )

@@ -10,47 +10,13 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from hf_stablespam.optim.galore import is_target, projected_example, projection_state
-from hf_stablespam.optim.low_bit import fits, zero_moments
+from hf_stablespam.optim.state.fresh import COUNTERS, MOMENTS, STATE_NAMES, TRACKERS, without_scales
 
 logger = logging.getLogger(__name__)
 
-COUNTERS = ("step", "moment_step", "adopted_at")
-TRACKERS = ("clip_max", "norm_mean", "norm_sq")
-MOMENTS = ("exp_avg", "exp_avg_sq")
-SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
-STATE_NAMES = (*COUNTERS, *TRACKERS, *SCALES, *MOMENTS)
 _ADAMW_NAMES = {"step", *MOMENTS}
 _ADAMW_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize", "initial_lr", "params", "param_names")
-
-
-def fresh_state(param: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
-    """Zeros (ones for scales): counters in float32 as torch keeps them, trackers in float32 or better."""
-    precise = torch.promote_types(param.dtype, torch.float32)
-    state = {name: torch.zeros((), dtype=torch.float32, device=param.device) for name in COUNTERS}
-    state |= {name: torch.zeros((), dtype=precise, device=param.device) for name in TRACKERS}
-    state |= {name: torch.ones((), dtype=precise, device=param.device) for name in SCALES}
-    if is_target(param, options):
-        state |= projection_state(param, options)
-        param = projected_example(param, options)
-    if fits(param, options["state_bits"]):
-        return state | zero_moments(param.shape, options["state_bits"], param.device)
-    dtype, layout = _moment_dtype(param, options), torch.preserve_format
-    return state | {name: torch.zeros_like(param, dtype=dtype, memory_format=layout) for name in MOMENTS}
-
-
-def _moment_dtype(param: Tensor, options: dict[str, Any]) -> torch.dtype:
-    """The option's, or else the parameter's; but V of float16 would underflow to 0 and M/√V explode.
-
-    A float64 parameter keeps float64 moments: its gradients may be such that float32 cannot hold their squares.
-    """
-    if param.dtype == torch.float64:
-        return torch.float64
-    if options["state_dtype"] is None and param.dtype == torch.float16:
-        return torch.float32
-    return options["state_dtype"] or param.dtype
 
 
 def adopted(state_dict: dict[str, Any], own_groups: list[dict[str, Any]]) -> dict[str, Any]:
@@ -66,7 +32,9 @@ def adopted(state_dict: dict[str, Any], own_groups: list[dict[str, Any]]) -> dic
     states = state_dict["state"]
     if not any(_is_adamw(state) for state in states.values()):
         _check_complete(states)
-        return {**state_dict, "param_groups": _with_missing_options(state_dict["param_groups"], own_groups)}
+        groups = _with_missing_options(state_dict["param_groups"], own_groups)
+        states = {index: without_scales(state) for index, state in states.items()}
+        return {**state_dict, "state": states, "param_groups": groups}
     for index, state in states.items():
         _check_adamw(index, state)
     for group in state_dict["param_groups"]:
@@ -87,24 +55,8 @@ def adopted(state_dict: dict[str, Any], own_groups: list[dict[str, Any]]) -> dic
     }
 
 
-def check_same_shapes(index: Any, fresh: dict[str, Tensor], saved: dict[str, Any]) -> None:
-    """A saved state fits the options that it is loaded under.
-
-    Raises:
-        ValueError: for the first entry that is missing or of another shape.
-    """
-    for name, value in fresh.items():
-        shape = tuple(saved[name].shape) if name in saved else None
-        if shape != tuple(value.shape):
-            raise ValueError(
-                f"the state of parameter {index} must hold {name} of shape {tuple(value.shape)}, got "
-                f"{shape or 'none'}; it was saved without these options (rank, proj_type): load it with those of "
-                "its run, or begin a new run from the weights alone"
-            )
-
-
 def _is_adamw(state: dict[str, Any]) -> bool:
-    return not set(state) & {*TRACKERS, *SCALES, "moment_step"} and set(state) >= _ADAMW_NAMES
+    return not set(state) & {*TRACKERS, "moment_step"} and set(state) >= _ADAMW_NAMES
 
 
 def _with_missing_options(groups: list[dict[str, Any]], own_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -160,6 +112,5 @@ def _from_adamw(state: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: step.clone() for name in COUNTERS},
         **{name: zero.clone() for name in TRACKERS},
-        **{name: zero + 1 for name in SCALES},
         **{name: state[name] for name in MOMENTS},
     }

@@ -1,6 +1,6 @@
-"""Three Triton kernels over many tensors at once: measure gradients, measure them clipped, update.
+"""Four Triton kernels over many tensors at once: measure gradients, measure them clipped, update, rescale.
 
-A program takes one chunk of ``BLOCK`` entries of one tensor; tables say which (see `triton_step`). Nothing is rewritten
+A program takes one chunk of ``BLOCK`` entries of one tensor; tables say which (see `triton_ops`). Nothing is rewritten
 but weights and moments: spikes are clipped in registers, where the update reads the gradient.
 """
 
@@ -14,7 +14,7 @@ BLOCK = 4096  # entries of a chunk
 def _norm(values):
     """``‖values‖`` by way of its largest entry, so that squares stay in range; ``nan`` where there is one."""
     largest = tl.max(tl.abs(values), axis=0)
-    scale = tl.where(largest > 0, largest, 1.0)
+    scale = tl.where((largest > 0) & (largest < float("inf")), largest, 1.0)
     scaled = values / scale
     return largest, scale * tl.sqrt(tl.sum(scaled * scaled, axis=0))
 
@@ -40,6 +40,12 @@ def _store(pointers, owner, offsets, mask, like, values):
     """Write entries of a tensor found by its address, rounded to its dtype."""
     pointer = tl.load(pointers + owner).to(like.dtype)
     tl.store(pointer + offsets, values.to(like.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _stabilized(grad, row):
+    """A gradient clipped and normalised by its row of coefficients."""
+    return tl.where(tl.abs(grad) > tl.load(row), grad * tl.load(row + 1), grad) * tl.load(row + 2)
 
 
 @triton.jit
@@ -80,27 +86,35 @@ def update(
     owners,
     starts,
     sizes,
-    coefficients,  # (tensors, 12), see `triton_step._coefficients`
+    finite,  # (tensors,) 1, or 0 for what is passed over
+    coefficients,  # (tensors, 12), `formulas.Coefficients`
     seed,
-    eps,
+    least_root,
     BLOCK: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
     """Clip, normalise, reset and AdamW; a tensor that is passed over is not touched."""
     program, owner, offsets, mask = _chunk(owners, starts, sizes, BLOCK)
     row = coefficients + owner * 12
-    if tl.load(row) > 0:
-        grad = _load(grads, owner, offsets, mask, grad_like)
-        grad = tl.where(tl.abs(grad) > tl.load(row + 1), grad * tl.load(row + 2), grad) * tl.load(row + 3)
-        exp_avg = tl.load(row + 4) * _load(exp_avgs, owner, offsets, mask, moment_like) + tl.load(row + 5) * grad
+    if tl.load(finite + owner) > 0:
+        grad = _stabilized(_load(grads, owner, offsets, mask, grad_like), row)
+        exp_avg = tl.load(row + 3) * _load(exp_avgs, owner, offsets, mask, moment_like) + tl.load(row + 4) * grad
         exp_avg_sq = _load(exp_avg_sqs, owner, offsets, mask, moment_like)
-        exp_avg_sq = tl.load(row + 6) * exp_avg_sq + tl.load(row + 7) * grad * grad
-        root = tl.sqrt(exp_avg_sq / tl.load(row + 9)) + eps
-        weight = _load(params, owner, offsets, mask, param_like) * tl.load(row + 11)
-        weight -= tl.load(row + 10) * (exp_avg / tl.load(row + 8)) / root
+        exp_avg_sq = tl.load(row + 5) * exp_avg_sq + tl.load(row + 6) * grad * grad
+        root = tl.maximum(tl.sqrt(exp_avg_sq / tl.load(row + 8)) + tl.load(row + 11), least_root)
+        weight = _load(params, owner, offsets, mask, param_like) * tl.load(row + 10)
+        weight -= tl.load(row + 9) * (exp_avg / tl.load(row + 7)) / root
         if STOCHASTIC:
             noise = (tl.randint(tl.load(seed), program * BLOCK + tl.arange(0, BLOCK)) & 0xFFFF).to(tl.int32)
             weight = ((weight.to(tl.int32, bitcast=True) + noise) & -65536).to(tl.float32, bitcast=True)
         _store(params, owner, offsets, mask, param_like, weight)
         _store(exp_avgs, owner, offsets, mask, moment_like, exp_avg)
         _store(exp_avg_sqs, owner, offsets, mask, moment_like, exp_avg_sq)
+
+
+@triton.jit
+def rescale(new, grads, like, owners, starts, sizes, finite, coefficients, BLOCK: tl.constexpr):
+    """Clipped and normalised copies; zeros for a tensor that is passed over."""
+    _, owner, offsets, mask = _chunk(owners, starts, sizes, BLOCK)
+    grad = _stabilized(_load(grads, owner, offsets, mask, like), coefficients + owner * 12)
+    _store(new, owner, offsets, mask, like, tl.where(tl.load(finite + owner) > 0, grad, 0.0))

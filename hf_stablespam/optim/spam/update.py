@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_stablespam.optim.adam import adam_direction
-from hf_stablespam.optim.formulas import bias_correction, safe_norm
-from hf_stablespam.optim.sparse_mask import mask_indices
+from hf_stablespam.optim.formulas import Coefficients, adam_, bias_correction, is_usable, safe_norm
+from hf_stablespam.optim.state.sparse_mask import mask_indices
 
 State = dict[str, Tensor]
 _SMALLEST_WARMUP = 0.01
@@ -70,14 +69,14 @@ def spam_step(param: Tensor, grad: Tensor, state: State, options: dict[str, Any]
     grad = -grad.to(precise) if options["maximize"] else grad.to(precise)
     grad_max = grad.abs().amax()
     grad_norm = safe_norm(grad, grad_max)
-    finite = grad_norm.square().isfinite()
+    finite = is_usable(grad_norm)
     flat = param.view(-1) if param.is_contiguous() else param.reshape(-1).clone()
     kept = mask_indices(state["mask"], param.numel(), options["density"]) if "mask" in state else None
     weight = param if kept is None else flat.index_select(0, kept)
     if kept is not None:
         grad = grad.reshape(-1).index_select(0, kept)
 
-    new, updated, clipped, norm = _adam(weight.to(precise), grad, grad_max, state, options, warms_up)
+    new, updated, clipped, norm = _adam(weight.to(precise, copy=True), grad, grad_max, state, options, warms_up)
     for name, value in new.items():
         state[name].copy_(torch.where(finite, value.to(state[name].dtype), state[name]))
     updated = torch.where(finite, updated.to(param.dtype), weight)
@@ -102,17 +101,25 @@ def _adam(
     weight: Tensor, grad: Tensor, grad_max: Tensor, state: State, options: dict[str, Any], warms_up: bool
 ) -> tuple[State, Tensor, Tensor, Tensor]:
     """The new moments with their count, the new weight, the number of clipped entries, the norm after clipping."""
-    lr, betas, threshold = options["lr"], options["betas"], options["threshold"]
-    exp_avg, exp_avg_sq = state["exp_avg"].to(grad.dtype), state["exp_avg_sq"].to(grad.dtype)
+    lr, (beta1, beta2), threshold = options["lr"], options["betas"], options["threshold"]
+    exp_avg, exp_avg_sq = (state[name].to(grad.dtype, copy=True) for name in ("exp_avg", "exp_avg_sq"))
     k = state["moment_step"] + 1
-    clipped = torch.zeros_like(grad_max)
+    clipped, one = torch.zeros_like(grad_max), torch.ones_like(grad_max)
     if threshold is not None:
         grad, clipped = clip_to_history(grad, exp_avg_sq, threshold, k > options["clip_delay"])
-    corrections = bias_correction(betas[0], k.to(grad.dtype)), bias_correction(betas[1], k.to(grad.dtype))
-    direction, exp_avg, exp_avg_sq = adam_direction(
-        grad, exp_avg, exp_avg_sq, betas=betas, corrections=corrections, eps=options["eps"]
+    by = Coefficients(
+        threshold=one * torch.inf,
+        ratio=one,
+        factor=one,
+        keep=beta1 * one,
+        enter=(1 - beta1) * one,
+        keep_sq=beta2 * one,
+        enter_sq=(1 - beta2) * one,
+        correction=bias_correction(beta1, k.to(grad.dtype)),
+        correction_sq=bias_correction(beta2, k.to(grad.dtype)),
+        lr=lr * (warmup_factor(k.to(grad.dtype), options["warmup_steps"]) if warms_up else one),
+        decay=(1 - lr * options["weight_decay"]) * one,
+        eps=options["eps"] * one,
     )
-    if warms_up:
-        direction = direction * warmup_factor(k.to(grad.dtype), options["warmup_steps"])
-    weight = weight * (1 - lr * options["weight_decay"]) - lr * direction
+    adam_(weight, grad, exp_avg, exp_avg_sq, by)
     return {"moment_step": k, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, weight, clipped, safe_norm(grad, grad_max)

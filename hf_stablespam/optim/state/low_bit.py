@@ -89,7 +89,7 @@ def is_low_bit(moment: Tensor) -> bool:
 
 def read(moment: Tensor, dtype: torch.dtype) -> Tensor:
     """A moment, however it is stored, as a tensor of ``dtype``."""
-    return moment.dequantize().to(dtype) if is_low_bit(moment) else moment.to(dtype)
+    return (moment.dequantize() if is_low_bit(moment) else moment).to(dtype)
 
 
 def write(moment: Tensor, value: Tensor, finite: Tensor) -> None:
@@ -99,6 +99,14 @@ def write(moment: Tensor, value: Tensor, finite: Tensor) -> None:
         return
     for stored, new in zip((moment.codes, moment.scale), _encode(moment, value), strict=True):  # type: ignore[attr-defined]
         stored.copy_(torch.where(finite, new.view_as(stored), stored))
+
+
+def restore(fresh: Tensor, saved: Tensor) -> Tensor:
+    """Put a saved tensor into a fresh one: bit for bit where both are stored alike, otherwise as `write` does."""
+    if is_low_bit(fresh) and type(fresh) is not type(saved):
+        write(fresh, read(saved, torch.float32).to(fresh.device), torch.tensor(True, device=fresh.device))
+        return fresh
+    return fresh.copy_(saved if is_low_bit(fresh) else read(saved, fresh.dtype))
 
 
 def clear(moment: Tensor) -> None:

@@ -109,7 +109,7 @@ def test_a_bad_gradient_right_after_the_switch_defers_the_rescaling(path):
 
 
 def test_the_log_says_so_in_one_line(caplog):
-    with caplog.at_level(logging.WARNING, logger="hf_stablespam.optim.adoption"):
+    with caplog.at_level(logging.WARNING, logger="hf_stablespam.optim.state.from_adamw"):
         switched({})
     (record,) = caplog.records
     assert "goes on from step 30 of an AdamW run" in record.getMessage()

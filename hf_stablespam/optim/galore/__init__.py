@@ -1,0 +1,1 @@
+"""GaLore: gradients projected to few directions before the step."""

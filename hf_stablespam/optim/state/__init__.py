@@ -1,0 +1,1 @@
+"""What the optimizers keep: its layout, its storage in few bits, and where it may come from."""

@@ -1,0 +1,67 @@
+"""The state of a parameter: its names, how it begins, and what a saved one must hold."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_stablespam.optim.galore.step import is_target, projected_example, projection_state
+from hf_stablespam.optim.plan import MOMENTS
+from hf_stablespam.optim.state import low_bit
+
+COUNTERS = ("step", "moment_step", "adopted_at")
+TRACKERS = ("clip_max", "norm_mean", "norm_sq")
+
+STATE_NAMES = (*COUNTERS, *TRACKERS, *MOMENTS)
+
+
+def fresh_state(param: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
+    """Zeros: counters in float32 as torch keeps them, trackers in float32 or better, moments as the options say."""
+    precise = torch.promote_types(param.dtype, torch.float32)
+    state = {name: torch.zeros((), dtype=torch.float32, device=param.device) for name in COUNTERS}
+    state |= {name: torch.zeros((), dtype=precise, device=param.device) for name in TRACKERS}
+    if is_target(param, options):
+        state |= projection_state(param, options)
+        param = projected_example(param, options)
+    if low_bit.fits(param, options["state_bits"]):
+        return state | low_bit.zero_moments(param.shape, options["state_bits"], param.device)
+    dtype, layout = _moment_dtype(param, options), torch.preserve_format
+    return state | {name: torch.zeros_like(param, dtype=dtype, memory_format=layout) for name in MOMENTS}
+
+
+def _moment_dtype(param: Tensor, options: dict[str, Any]) -> torch.dtype:
+    """The option's, or else the parameter's; but V of float16 would underflow to 0 and M/√V explode.
+
+    A float64 parameter keeps float64 moments: its gradients may be such that float32 cannot hold their squares.
+    """
+    if param.dtype == torch.float64:
+        return torch.float64
+    if options["state_dtype"] is None and param.dtype == torch.float16:
+        return torch.float32
+    return options["state_dtype"] or param.dtype
+
+
+def without_scales(state: dict[str, Any]) -> dict[str, Any]:
+    """A state of version 0.1, whose moments stood beside numbers to multiply them by."""
+    kept = {name: value for name, value in state.items() if name not in ("exp_avg_scale", "exp_avg_sq_scale")}
+    for name in MOMENTS:
+        scale = state.get(f"{name}_scale")
+        if scale is not None and name in state and (factor := float(scale)) != 1:
+            kept[name] = state[name] * factor
+    return kept
+
+
+def check_same_shapes(index: Any, fresh: dict[str, Tensor], saved: dict[str, Any]) -> None:
+    """A saved state fits the options that it is loaded under.
+
+    Raises:
+        ValueError: for the first entry that is missing or of another shape.
+    """
+    for name, value in fresh.items():
+        shape = tuple(saved[name].shape) if name in saved else None
+        if shape != tuple(value.shape):
+            raise ValueError(
+                f"the state of parameter {index} must hold {name} of shape {tuple(value.shape)}, got "
+                f"{shape or 'none'}; it was saved without these options (rank, proj_type): load it with those of "
+                "its run, or begin a new run from the weights alone"
+            )

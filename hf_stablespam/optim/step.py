@@ -1,0 +1,84 @@
+"""One step of Stable-SPAM, for all tensors at once: measure, plan, measure what is clipped, plan, update.
+
+Tensors are sorted into parts of one group, device, dtype and backend. A part's gradients are looked at as one: what a
+backend finds, and what `plan` decides, are vectors with one entry per tensor. Sharded tensors take the same way; what
+their processes find is put together between measuring and planning.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from hf_stablespam.optim.backends import choose_backend
+from hf_stablespam.optim.backends.base import Backend
+from hf_stablespam.optim.backends.sharding import Meshes, local_batch
+from hf_stablespam.optim.plan import Batch, Options, Plan, Result, plan_clipping, plan_update, step_statistics
+
+
+class Part:
+    """Tensors that one backend takes together."""
+
+    def __init__(self, batch: Batch, backend: Backend) -> None:
+        self.params = batch.params  # as the optimizer has them: sharded ones are whole here, and local in the backend
+        self.backend = backend
+        self.options = backend.options
+        self.old = backend.read_trackers()
+
+
+def step(batches: list[tuple[Batch, Options]]) -> list[Result]:
+    """Update parameters and their states in place.
+
+    A gradient whose squared norm is not finite (``nan``, ``inf``, or beyond the range of the statistics' dtype)
+    changes nothing of its tensor.
+
+    Args:
+        batches: parameters, dense gradients and states, with the options of their group.
+
+    Returns:
+        The statistics, in any order.
+    """
+    results = []
+    for part, plan, statistics in _planned(batches):
+        part.backend.write_trackers(plan.trackers)
+        part.backend.update(plan)
+        results.append(Result(part.params, statistics))
+    return results
+
+
+def rescale(batches: list[tuple[Batch, Options]]) -> list[tuple[Result, list[Tensor]]]:
+    """Write the trackers only, and return clipped and normalised copies of the gradients beside the statistics."""
+    results = []
+    for part, plan, statistics in _planned(batches):
+        part.backend.write_trackers(plan.trackers)
+        results.append((Result(part.params, statistics), part.backend.rescale(plan)))
+    return results
+
+
+def _planned(batches: list[tuple[Batch, Options]]) -> list[tuple[Part, Plan, dict[str, Tensor]]]:
+    parts = _parts(batches)
+    meshes = Meshes([part.params for part in parts])
+    measured = meshes.whole_maxima([part.backend.measure() for part in parts])
+    clippings = [
+        plan_clipping(part.old, seen.grad_max, part.options) for part, seen in zip(parts, measured, strict=True)
+    ]
+    clipped = [part.backend.measure_clipped(*row) for part, *row in zip(parts, measured, clippings, strict=True)]
+    measured, clipped = meshes.whole_norms(measured, clipped)
+    planned = []
+    for part, seen, clipping, rest in zip(parts, measured, clippings, clipped, strict=True):
+        plan = plan_update(part.old, clipping, seen, rest, part.options)
+        planned.append((part, plan, step_statistics(seen, clipping, rest, plan)))
+    return planned
+
+
+def _parts(batches: list[tuple[Batch, Options]]) -> list[Part]:
+    parts = []
+    for batch, options in batches:
+        local = local_batch(batch)
+        kinds: dict[Any, list[int]] = {}
+        for index, (param, grad, state) in enumerate(zip(*local, strict=True)):
+            backend: Callable[..., Backend] = choose_backend(param, grad, state, options)
+            moment = state.get("exp_avg", grad)
+            kinds.setdefault((backend, param.device, param.dtype, grad.dtype, moment.dtype), []).append(index)
+        parts += [Part(batch.pick(chosen), kind[0](local.pick(chosen), options)) for kind, chosen in kinds.items()]
+    return parts
