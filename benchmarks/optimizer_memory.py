@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks._record import append_rows
 from benchmarks.llama_shapes import OF_THE_PAPERS, target_shapes, width_of
 from hf_stablespam.optim import SPAM, StableSPAM
-from hf_stablespam.optim.state.fresh import fresh_state
 from hf_stablespam.optim.spam.optimizer import fresh_spam_state
+from hf_stablespam.optim.state.fresh import fresh_state
 
 
 def contestants(width: int) -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:

@@ -7,18 +7,16 @@
 The optimizers take turns; p20, p50 and p80 of the step are given in milliseconds, and ratios of medians to fused
 AdamW and to gradient clipping with fused AdamW, which is what the Trainer does by default. A fresh gradient comes
 every step, so that AdaClip clips as it does in training. On a CPU with numba (extra `cpu`) Stable-SPAM also runs
-without it. `--with-pytorch-optimizer` adds that package's StableSPAM,
-`--all-paths` the foreach and loop paths, `--relatives` SPAM, GaLore, 8- and 4-bit states, Lion, and `stabilize` in
-front of AdamW and Lion. GaLore's figures are those between two decompositions (one every 200 steps).
+without it. `--with-pytorch-optimizer` adds that package's StableSPAM, `--all-paths` AdamW by foreach, the loop, and
+all parts off, `--relatives` SPAM, GaLore, 8- and 4-bit states, Lion, and `stabilize` in front of AdamW and Lion.
+GaLore's figures are those between two decompositions (one every 200 steps).
 """
 
 import argparse
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -27,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._record import append_rows, interleaved, quantile
 from benchmarks.llama_shapes import SIZES, llama_shapes, width_of
-from hf_stablespam.optim import SPAM, StableSPAM, cpu_sweep, stabilize
+from hf_stablespam.optim import SPAM, StableSPAM, stabilize
+from hf_stablespam.optim.backends import numba_ops
 
 BASE, CLIPPED = "AdamW(fused)", "clip_grad_norm_ + AdamW(fused)"
 WRITES_GRADIENTS = {"pytorch_optimizer.StableSPAM"}  # into those that all share: it gets some of its own
@@ -53,16 +52,13 @@ class Contestant:
         self.next_gradient()
 
 
-class WithoutNumba(StableSPAM):
+def without_numba(params: list[Any]) -> StableSPAM:
     """As where it is not installed."""
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        with patch.object(cpu_sweep, "compiled_sweep", lambda: None):
-            return super().step(closure)
+    return StableSPAM(params, foreach=True)
 
 
 def has_numba(arguments: argparse.Namespace) -> bool:
-    return arguments.device == "cpu" and cpu_sweep.compiled_sweep() is not None
+    return arguments.device == "cpu" and numba_ops.load() is not None
 
 
 def contestants(arguments: argparse.Namespace, rank: int) -> dict[str, tuple[Any, bool]]:
@@ -74,10 +70,9 @@ def contestants(arguments: argparse.Namespace, rank: int) -> dict[str, tuple[Any
         "StableSPAM": (StableSPAM, False),
     }
     if has_numba(arguments):
-        makers["StableSPAM(without numba)"] = (WithoutNumba, False)
+        makers["StableSPAM(without numba)"] = (without_numba, False)
     if arguments.all_paths:
         makers["AdamW(foreach)"] = (lambda p: torch.optim.AdamW(p, foreach=True), False)
-        makers["StableSPAM(foreach)"] = (lambda p: StableSPAM(p, foreach=True), False)
         makers["StableSPAM(loop)"] = (lambda p: StableSPAM(p, foreach=False, fused=False), False)
         makers["StableSPAM(all parts off)"] = (lambda p: StableSPAM(p, **off), False)
     if arguments.relatives:

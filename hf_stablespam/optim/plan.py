@@ -34,9 +34,9 @@ class Batch(NamedTuple):
 
     def pick(self, indices: Iterable[int]) -> "Batch":
         """Some of them."""
-        chosen = [(self.params[index], self.grads[index], self.states[index]) for index in indices]
-        params, grads, states = ([row[column] for row in chosen] for column in range(3))
-        return Batch(params, grads, states)
+        chosen = list(indices)
+        params, grads = ([column[index] for index in chosen] for column in (self.params, self.grads))
+        return Batch(params, grads, [self.states[index] for index in chosen])
 
 
 class Result(NamedTuple):
@@ -125,10 +125,12 @@ def plan_update(old: Trackers, clipping: Clipping, measured: Measured, clipped: 
     norm_mean, norm_sq, factor = _normalise(old, norm, decay, options)
     reset = is_reset_step(step, options["reset_interval"]) & finite
     moment_step = torch.where(reset, 0, old.moment_step) + 1
-    new = (step, moment_step, clipping.clip_max, norm_mean, norm_sq)
-    kept = (torch.where(finite, after, before) for after, before in zip(new, old, strict=False))
+    new = old._replace(
+        step=step, moment_step=moment_step, clip_max=clipping.clip_max, norm_mean=norm_mean, norm_sq=norm_sq
+    )
+    kept = (torch.where(finite, after, before) for after, before in zip(new, old, strict=True))
     return Plan(
-        trackers=Trackers(*kept, old.adopted_at, old.clip_since),
+        trackers=Trackers(*kept),
         finite=finite,
         factor=torch.where(finite, factor, 0),
         reset=reset,

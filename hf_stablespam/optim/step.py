@@ -62,7 +62,8 @@ def _planned(batches: list[tuple[Batch, Options]]) -> list[tuple[Part, Plan, dic
     clippings = [
         plan_clipping(part.old, seen.grad_max, part.options) for part, seen in zip(parts, measured, strict=True)
     ]
-    clipped = [part.backend.measure_clipped(*row) for part, *row in zip(parts, measured, clippings, strict=True)]
+    rows = zip(parts, measured, clippings, strict=True)
+    clipped = [part.backend.measure_clipped(seen, clipping) for part, seen, clipping in rows]
     measured, clipped = meshes.whole_norms(measured, clipped)
     planned = []
     for part, seen, clipping, rest in zip(parts, measured, clippings, clipped, strict=True):

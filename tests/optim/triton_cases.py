@@ -1,12 +1,18 @@
 """The Triton kernels against the float64 reference and the loop; `test_triton` runs this file in a fresh process."""
 
+import gc
+
 import pytest
 import torch
 
 from hf_stablespam.optim import StableSPAM
 from hf_stablespam.optim import step as module
 from hf_stablespam.optim.backends import triton_kernels, triton_ops
+from hf_stablespam.optim.backends.loop import Loop
+from hf_stablespam.optim.plan import Batch
+from hf_stablespam.optim.stabilize.stabilizer import check_stabilize_options
 from tests.optim.common import TOLERANCE, assert_identical, gradients, parameters, snapshot, train
+from tests.optim.test_backends import fresh_trackers, spiked
 from tests.reference.stable_spam import Hyperparameters, Reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,3 +114,53 @@ def test_stochastic_rounding_is_unbiased_and_seeded(monkeypatch):
     assert first.mean().item() == pytest.approx(1 - 4e-3, abs=5e-4)
     assert len(first.unique()) > 1
     assert torch.equal(first, weight_after())
+
+
+@pytest.mark.parametrize("kind", ["calm", "one spike", "tiny", "zeros", "nan", "inf"])
+def test_a_rescaled_gradient_is_that_of_the_loop(kind, monkeypatch):
+    options = check_stabilize_options(0.9, (0.7, 0.9), 1e-8)
+    ours, theirs = fresh_trackers(torch.float32), fresh_trackers(torch.float32)
+    for number in range(3):
+        grad = spiked(kind if number == 2 else "calm", (37, 21), torch.float32)
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "choose_backend", lambda *_: Loop)
+            ((expected, (wanted,)),) = module.rescale([(Batch([grad], [grad], [theirs]), options)])
+        ((seen, (found,)),) = module.rescale([(Batch([grad], [grad], [ours]), options)])
+        torch.testing.assert_close(seen.statistics, expected.statistics, equal_nan=True, rtol=1e-5, atol=0)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_without_eps_an_entry_that_never_had_a_gradient_keeps_its_weight():
+    params = on_device((37, 21))
+    before, grad = params[0].detach().clone(), torch.ones(37, 21, device=DEVICE)
+    grad[5:] = 0
+    train(params, [[grad]] * 2, eps=0.0, lr=1e-2)
+    assert torch.equal(params[0][5:], before[5:])
+    assert not torch.equal(params[0][:5], before[:5])
+
+
+def test_tables_live_as_long_as_the_tensors():
+    gc.collect()
+    held = len(triton_ops._SIZES)
+    params = on_device((37, 21), (5,))
+    train(params, rows_on_device(params, 3))
+    assert len(triton_ops._SIZES) == len(triton_ops._ADDRESSES) == held + 1
+    params.clear()
+    gc.collect()
+    assert len(triton_ops._SIZES) == held
+
+
+def test_sizes_are_laid_out_once_and_addresses_when_they_change(monkeypatch):
+    params = on_device((37, 21), (5,))
+    optimizer = StableSPAM(params)
+    (row,) = rows_on_device(params, 1)
+    for param, grad in zip(params, row, strict=True):
+        param.grad = grad
+    optimizer.step()
+    tables, addresses = triton_ops._SIZES[params[0]], triton_ops._ADDRESSES[params[0]]
+    optimizer.step()
+    assert triton_ops._ADDRESSES[params[0]] is addresses
+    params[0].grad = params[0].grad.clone()
+    optimizer.step()
+    assert triton_ops._SIZES[params[0]] is tables
+    assert triton_ops._ADDRESSES[params[0]] is not addresses

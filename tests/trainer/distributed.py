@@ -98,20 +98,13 @@ def result_of(trainer: Trainer) -> dict:
         "losses": [row["loss"] for row in training_logs(trainer)],
         "weights": {name: whole(param.detach()) for param, name in names.items()},
         "states": {
-            names[param]: moments_as_they_are({key: whole(value) for key, value in state.items()})
+            names[param]: {key: whole(value) for key, value in state.items()}
             for param, state in optimizer.state.items()
         },
         "statistics": optimizer.statistics,
         "decay_steps": {group["decay_steps"] for group in optimizer.param_groups},
         "sharded": sorted(name for param, name in names.items() if isinstance(param, DTensor)),
     }
-
-
-def moments_as_they_are(state: dict) -> dict:
-    """Some paths keep the moments as a tensor times a scale, others do not."""
-    for name in ("exp_avg", "exp_avg_sq"):
-        state[name] = state[name] * state.pop(f"{name}_scale")
-    return state
 
 
 def whole(value):

@@ -50,7 +50,7 @@ def _choose(param: Tensor, grad: Tensor, state: State, options: Options) -> type
             return NumbaOps
         # on request only: nobody has run these kernels on a GPU yet
         if fused and param.is_cuda and param.dtype in TRITON_DTYPES and share_layout(tensors):
-            return triton_ops()
+            return _triton_backend()
     if foreach or (foreach is None and (param.is_cpu or param.is_cuda)):
         return TorchOps
     return Loop
@@ -69,7 +69,7 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def triton_ops() -> type[Backend]:
+def _triton_backend() -> type[Backend]:
     """The backend of `triton_kernels`; triton is optional, and slow to import."""
     from hf_stablespam.optim.backends.triton_ops import TritonOps
 

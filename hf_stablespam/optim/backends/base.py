@@ -20,9 +20,8 @@ class Backend(ABC):
     def read_trackers(self) -> Trackers:
         """The trackers of all tensors as vectors."""
         states = self.batch.states
-        columns = [torch.stack([state[name] for state in states]) for name in Trackers._fields[:-1]]
-        since = [state.get("clip_since", state["adopted_at"]) for state in states]
-        return Trackers(*columns, torch.stack(since))
+        columns = ([state.get(name, state["adopted_at"]) for state in states] for name in Trackers._fields)
+        return Trackers(*(torch.stack(column) for column in columns))
 
     def write_trackers(self, trackers: Trackers) -> None:
         """Write back what a step changes of them."""

@@ -1,15 +1,16 @@
-"""The passes in machine code that Numba makes (extra ``cpu``): one launch each for all tensors of a step.
+"""The passes in machine code that Numba makes (extra ``cpu``): one call per thread for all tensors of a step.
 
 The kernels find tensors by their addresses. Each thread has a share of all chunks of 16,384 entries, whose tensors may
-be long or short. bfloat16 is read and written through its bits, as uint16. A launch must not meet another one, and not
-happen in a forked process: see `numba_ops`.
+be long or short. bfloat16 is read and written through its bits, as uint16. The threads are Python's (see `numba_ops`),
+which the kernels let run: Numba's own compile for twice as long, change how many threads PyTorch takes where both use
+OpenMP, and end a process that was forked.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import carray, njit, prange, types
+from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 from numpy import ndarray as Array
 
@@ -34,8 +35,7 @@ def _compiled(**options: Any) -> Callable[[Any], Any]:
     return decorate
 
 
-@intrinsic
-def _pointer(context: Any, address: Any, like: Any) -> Any:
+def _to_pointer(context: Any, address: Any, like: Any) -> Any:
     """A pointer to numbers of the dtype of ``like``, from an address."""
     result = types.CPointer(like.dtype)
 
@@ -43,6 +43,9 @@ def _pointer(context: Any, address: Any, like: Any) -> Any:
         return builder.inttoptr(values[0], target.get_value_type(result))
 
     return result(types.int64, like), generate
+
+
+_pointer: Any = intrinsic(_to_pointer)
 
 
 def _same_bits(source: Any, result: Any) -> Any:
@@ -191,7 +194,6 @@ class Table(NamedTuple):
     like: Array
     bits_like: Array  # signed integers of the same width
     itemsize: int
-    shares: int  # threads
 
 
 @_compiled()
@@ -214,8 +216,10 @@ def _measure(
     norms[chunk], entries[chunk] = _norm(values, maxima[chunk], threshold, ratio, maxima.dtype.type(0))
 
 
-@_compiled(parallel=True)
+@_compiled()
 def measure(
+    start: int,
+    stop: int,
     table: Table,
     thresholds: Array,  # (tensors,)
     ratios: Array,
@@ -225,11 +229,10 @@ def measure(
     entries: Array,  # (chunks,) int64
 ) -> None:
     """The largest |entry| of each chunk, and its norm and number of clipped entries after clipping."""
-    for share in prange(table.shares):
-        for chunk in range(share * maxima.size // table.shares, (share + 1) * maxima.size // table.shares):
-            owner = table.owners[chunk]
-            if not again or maxima[chunk] > thresholds[owner]:
-                _measure(table, chunk, thresholds[owner], ratios[owner], again, maxima, norms, entries)
+    for chunk in range(start, stop):
+        owner = table.owners[chunk]
+        if not again or maxima[chunk] > thresholds[owner]:
+            _measure(table, chunk, thresholds[owner], ratios[owner], again, maxima, norms, entries)
 
 
 @_compiled()
@@ -297,8 +300,10 @@ def _update_chunk(
     )
 
 
-@_compiled(parallel=True)
+@_compiled()
 def update(
+    start: int,  # the first chunk of this thread's share
+    stop: int,
     table: Table,
     others: Array,  # (3, tensors): addresses of weights, M, V
     likes: tuple[Array, Array],  # of weights and moments
@@ -310,12 +315,10 @@ def update(
     seed: int,
 ) -> None:
     """Clip, normalise, reset and AdamW."""
-    chunks = table.owners.size
-    for share in prange(table.shares):
-        for chunk in range(share * chunks // table.shares, (share + 1) * chunks // table.shares):
-            if finite[table.owners[chunk]]:
-                key = _scrambled(np.uint32(chunk) ^ np.uint32(seed))
-                _update_chunk(table, chunk, others, likes, itemsizes, by, least_root, stochastic, key)
+    for chunk in range(start, stop):
+        if finite[table.owners[chunk]]:
+            key = _scrambled(np.uint32(chunk) ^ np.uint32(seed))
+            _update_chunk(table, chunk, others, likes, itemsizes, by, least_root, stochastic, key)
 
 
 @_compiled(fastmath=_FAST)
@@ -337,13 +340,11 @@ def _rescale_chunk(table: Table, chunk: int, new: Array, finite: Array, by: Arra
         target[:] = 0
 
 
-@_compiled(parallel=True)
-def rescale(table: Table, new: Array, finite: Array, by: Array) -> None:
+@_compiled()
+def rescale(start: int, stop: int, table: Table, new: Array, finite: Array, by: Array) -> None:
     """Clip and normalise into the memory at the addresses in ``new``; zeros for what is not finite."""
-    chunks = table.owners.size
-    for share in prange(table.shares):
-        for chunk in range(share * chunks // table.shares, (share + 1) * chunks // table.shares):
-            _rescale_chunk(table, chunk, new, finite, by)
+    for chunk in range(start, stop):
+        _rescale_chunk(table, chunk, new, finite, by)
 
 
 @_compiled()

@@ -2,9 +2,11 @@
 
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
-from threading import Lock
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -23,9 +25,7 @@ _STORED = {
     torch.bfloat16: (np.uint16, np.int16),
 }
 _COUNTERS = ("step", "moment_step", "adopted_at", "clip_since")  # float32 whatever the others are
-# Numba's threads end the process if two threads of Python call them at once, or a process that was forked does.
-_one_at_a_time = Lock()
-_own_process = os.getpid()
+SHORT = 8  # chunks that one thread has done before a second one begins
 
 
 class NumbaOps(Backend):
@@ -40,14 +40,15 @@ class NumbaOps(Backend):
         counts = -(-sizes // kernels.CHUNK)
         self.table = kernels.Table(
             *(_addresses(grads), sizes, counts.cumsum() - counts, np.repeat(np.arange(len(grads)), counts)),
-            *(*_likes(grads[0].dtype), grads[0].element_size(), torch.get_num_threads()),
+            *(*_likes(grads[0].dtype), grads[0].element_size()),
         )
         self.dtype = _STORED[self.precise][0]
         chunks = len(self.table.owners)
         self.maxima, self.norms, self.entries = (np.empty(chunks, kind) for kind in (self.dtype, float, np.int64))
 
     def read_trackers(self) -> Trackers:
-        states, found = self.batch.states, {}
+        states = self.batch.states
+        found: dict[str, Tensor] = {}
         for names, dtype in self._trackers():
             columns = [[state.get(name, state["adopted_at"]) for state in states] for name in names]
             vectors = np.empty((len(names), len(states)), dtype)
@@ -64,16 +65,16 @@ class NumbaOps(Backend):
 
     def measure(self) -> Measured:
         nowhere = np.full(len(self.table.sizes), np.inf, self.dtype)
-        with _one_at_a_time:
-            self.kernels.measure(self.table, nowhere, nowhere, False, self.maxima, self.norms, self.entries)
+        self._share_out(
+            self.kernels.measure, self.table, nowhere, nowhere, False, self.maxima, self.norms, self.entries
+        )
         return Measured(*self._of_tensors()[:2])
 
     def measure_clipped(self, measured: Measured, clipping: Clipping) -> Clipped:
         if not self.clips:
             return self.unclipped(measured)
         limits = clipping.threshold.numpy(), clipping.ratio.numpy()
-        with _one_at_a_time:
-            self.kernels.measure(self.table, *limits, True, self.maxima, self.norms, self.entries)
+        self._share_out(self.kernels.measure, self.table, *limits, True, self.maxima, self.norms, self.entries)
         return Clipped(*self._of_tensors()[1:])
 
     def update(self, plan: Plan) -> None:
@@ -81,26 +82,34 @@ class NumbaOps(Backend):
         dtypes = params[0].dtype, moments[0][0].dtype
         stochastic = self.options["stochastic_rounding"] and dtypes[0] == torch.bfloat16
         by = torch.stack(plan.by, dim=1).numpy()
-        with _one_at_a_time:
-            self.kernels.update(
-                *(self.table, np.array([_addresses(column) for column in (params, *moments)])),
-                *(tuple(_likes(dtype)[0] for dtype in dtypes), tuple(dtype.itemsize for dtype in dtypes)),
-                *(plan.finite.numpy(), by, by.dtype.type(smallest_root(self.precise)), stochastic),
-                int(torch.randint(1 << 32, ())) if stochastic else 0,
-            )
+        self._share_out(
+            *(self.kernels.update, self.table, np.array([_addresses(column) for column in (params, *moments)])),
+            *(tuple(_likes(dtype)[0] for dtype in dtypes), tuple(dtype.itemsize for dtype in dtypes)),
+            *(plan.finite.numpy(), by, by.dtype.type(smallest_root(self.precise)), stochastic),
+            int(torch.randint(1 << 32, ())) if stochastic else 0,
+        )
         torch.autograd.graph.increment_version(params)  # as torch's own operations do, so that autograd notices
 
     def rescale(self, plan: Plan) -> list[Tensor]:
         new = [torch.empty_like(grad) for grad in self.batch.grads]
         by = torch.stack(plan.by[:3], dim=1).numpy()
-        with _one_at_a_time:
-            self.kernels.rescale(self.table, _addresses(new), plan.finite.numpy(), by)
+        self._share_out(self.kernels.rescale, self.table, _addresses(new), plan.finite.numpy(), by)
         return new
 
     def _trackers(self) -> list[tuple[list[str], Any]]:
         """Names of the trackers by their dtype."""
         others = [name for name in Trackers._fields if name not in _COUNTERS]
         return [(list(_COUNTERS), np.float32), (others, _STORED[self.precise][0])]
+
+    def _share_out(self, kernel: Any, *arguments: Any) -> None:
+        """Call a kernel on all chunks, on as many threads as PyTorch takes."""
+        chunks = len(self.table.owners)
+        threads = max(1, min(torch.get_num_threads(), chunks // SHORT))
+        own, *others = pairwise(chunks * share // threads for share in range(threads + 1))
+        waiting = [_pool(threads, os.getpid()).submit(kernel, *share, *arguments) for share in others]
+        kernel(*own, *arguments)
+        for other in waiting:
+            other.result()
 
     def _of_tensors(self) -> tuple[Tensor, ...]:
         """Maximum, norm and clipped entries of each tensor."""
@@ -115,15 +124,18 @@ def takes(tensors: list[Tensor], rescales: bool) -> bool:
         return False
     dtypes = tuple(tensor.dtype for tensor in tensors)
     wide = {dtype == torch.float64 for dtype in dtypes}
-    return len(wide) == 1 and share_layout(tensors) and can_run(*dtypes[:3], rescales, os.getpid())
+    return len(wide) == 1 and share_layout(tensors) and can_run(*dtypes[:3], rescales)
 
 
 @cache
-def can_run(param: torch.dtype, grad: torch.dtype, moment: torch.dtype, rescales: bool, process: int) -> bool:
-    """Whether the kernels for these dtypes can be compiled and run in this process; if not, one warning says why."""
-    if process != _own_process:
-        _warn("a forked process cannot use Numba's threads; start it with spawn")
-        return False
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads of this process: a forked one has none of its parent's."""
+    return ThreadPoolExecutor(threads, "stable_spam")
+
+
+@cache
+def can_run(param: torch.dtype, grad: torch.dtype, moment: torch.dtype, rescales: bool) -> bool:
+    """Whether the kernels for these dtypes can be compiled and run; if not, one warning says why."""
     kernels = load()
     if kernels is None:
         return False
@@ -150,7 +162,7 @@ def load() -> ModuleType | None:
         _warn("numba is not installed; install it with: pip install 'hf_stablespam[cpu]'")
         return None
     try:
-        from numba import config
+        config: Any = import_module("numba").config
 
         if config.DISABLE_JIT:
             _warn("NUMBA_DISABLE_JIT is set; unset it")

@@ -16,7 +16,8 @@ def _norm(values):
     largest = tl.max(tl.abs(values), axis=0)
     scale = tl.where((largest > 0) & (largest < float("inf")), largest, 1.0)
     scaled = values / scale
-    return largest, scale * tl.sqrt(tl.sum(scaled * scaled, axis=0))
+    norm = scale * tl.sqrt(tl.sum(scaled * scaled, axis=0))
+    return tl.where(norm != norm, norm, largest), norm  # a maximum alone loses nan
 
 
 @triton.jit

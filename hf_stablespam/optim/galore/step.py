@@ -113,9 +113,7 @@ def apply_updates(projections: list[Projected], results: list[Result]) -> list[R
 
 
 def _apply(projected: Projected, index: int, bad: Tensor) -> None:
-    param, low, state = (
-        column[index] for column in (projected.batch.params, projected.low.params, projected.batch.states)
-    )
+    param, low, state = projected.batch.params[index], projected.low.params[index], projected.batch.states[index]
     update = project_back(low, *(state.get(name) for name in _SIDES))
     weight = param.to(low.dtype) * projected.decay + projected.options["scale"] * update
     store(param, torch.where(bad > 0, param, weight), stochastic=projected.options["stochastic_rounding"])
