@@ -30,7 +30,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(BIN)/python setup.cfg constraints.txt
-	$(PIP) install --quiet -c constraints.txt -e '.[plot,report]'
+	$(PIP) install --quiet -c constraints.txt -e '.[plot,report,cpu]'
 	@touch $@
 
 $(VENV)/.dev: $(BIN)/python setup.cfg constraints.txt

@@ -72,10 +72,6 @@ def _pair(text: str) -> tuple[float, float]:
     return float(first), float(second)
 
 
-def _one_of(names: Iterable[str]) -> Callable[[str], str]:
-    return {name: name for name in names}.__getitem__
-
-
 BETA = Kind("in [0, 1)", _is_beta, float, "a number")
 BETAS = Kind(
     "two numbers in [0, 1)",
@@ -114,7 +110,7 @@ STATE_DTYPE = Kind(
 PROJECTION = Kind(
     f"one of {', '.join(PROJECTION_TYPES)}",
     lambda value: value in PROJECTION_TYPES,
-    _one_of(PROJECTION_TYPES),
+    str,
     "std, reverse_std, left, right or full",
 )
 

@@ -162,14 +162,15 @@ def test_a_forked_process_steps_too():
 
 def test_without_numba_disabled_or_unfit_torch_serves_after_one_warning():
     broken = "import sys; sys.modules[{!r}] = None; step(), step()".format
-    assert run("step(), step()", NUMBA_DISABLE_JIT="1").count("NUMBA_DISABLE_JIT is set; unset it") == 1
+    assert run("step(), step()", NUMBA_DISABLE_JIT="1").count("UserWarning: NUMBA_DISABLE_JIT is set; unset it") == 1
     unfit = run(broken("numba"))  # as where it does not fit the NumPy beside it: its import fails
-    assert unfit.count("numba is installed but cannot be used: ") == 1
+    assert unfit.count("UserWarning: numba is installed but cannot be used: ") == 1
     absent = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: n != 'numba' and f(n, *a)\n"
     message = run(absent + "step(), step()")
-    assert message.count("numba is not installed; install it with: pip install 'hf_stablespam[cpu]'") == 1
+    assert message.count("UserWarning: numba is not installed; install it with: pip install 'hf_stablespam[cpu]'") == 1
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_read_or_written_costs_a_warning(tmp_path):
     """Truncated files, and a folder that is none: compiled anew, or not at all, but no error."""
     env = {"NUMBA_CACHE_DIR": str(tmp_path)}
@@ -178,7 +179,7 @@ def test_a_cache_that_cannot_be_read_or_written_costs_a_warning(tmp_path):
     assert files
     for file in files:
         file.write_bytes(file.read_bytes()[:10])
-    assert run("step(), step()", **env).count("cache of compiled code cannot be used") == 1
+    assert run("step(), step()", **env).count("UserWarning: Numba's cache of compiled code cannot be used") == 1
     no_folder = tmp_path / "file"
     no_folder.write_text("")
     run("step()", NUMBA_CACHE_DIR=str(no_folder))
@@ -190,7 +191,7 @@ def test_a_compiler_that_fails_leaves_the_step_to_torch():
         numba_ops._try = lambda *_: 1 / 0
         step(), step()
     """
-    assert run(script).count("Numba cannot compile or run here: ZeroDivisionError") == 1
+    assert run(script).count("UserWarning: Numba cannot compile or run here: ZeroDivisionError") == 1
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")

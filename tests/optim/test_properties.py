@@ -16,7 +16,8 @@ LAYOUTS = ["contiguous", "transposed", "channels last", "strided"]
 options_strategy = st.fixed_dictionaries(
     {
         "lr": st.sampled_from([0.0, 1e-4, 1e-2]),
-        "betas": st.sampled_from([(0.9, 0.999), (0.0, 0.9), (0.5, 0.0)]),
+        # not β2 = 0: with ε = 0 a gradient of zero after another one is then divided by zero
+        "betas": st.sampled_from([(0.9, 0.999), (0.0, 0.9), (0.5, 0.5)]),
         "eps": st.sampled_from([0.0, 1e-8, 1e-6]),
         "weight_decay": st.sampled_from([0.0, 0.1]),
         "clip_beta": st.sampled_from([None, 0.0, 0.9, 0.999]),
@@ -81,7 +82,7 @@ def run(tensors, steps, dtype, options, path, late):
     return params, optimizer
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     tensors=st.lists(tensor_strategy, min_size=3, max_size=3),
     steps=steps_strategy,

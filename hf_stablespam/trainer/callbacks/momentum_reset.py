@@ -203,8 +203,9 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
         self._schedule_lrs = []
 
     def _check_sole_owner(self, args: TrainingArguments, state: TrainerState) -> None:
-        dialect = {"stable_spam": STABLE_SPAM, "spam": SPAM}.get(getattr(args.optim, "value", args.optim))
-        interval = parse_optim_args(args.optim_args, dialect).get("reset_interval") if dialect else None
+        optimizer = getattr(args.optim, "value", args.optim)
+        ours = optimizer in (STABLE_SPAM, SPAM)
+        interval = parse_optim_args(args.optim_args, optimizer).get("reset_interval") if ours else None
         if interval is not None:
             raise ValueError(
                 f"optim_args sets reset_interval={interval} beside a MomentumResetCallback, which owns the resets; "

@@ -14,7 +14,7 @@ from hf_stablespam.trainer.registration.galore_groups import (
     parameter_groups,
     say_what_the_gap_means,
 )
-from hf_stablespam.trainer.registration.optim_args import SPAM as SPAM_DIALECT
+from hf_stablespam.trainer.registration.optim_args import SPAM as SPAM_NAME
 from hf_stablespam.trainer.registration.optim_args import parse_optim_args
 from hf_stablespam.trainer.registration.run_length import AUTO, resolve_decay_steps
 
@@ -77,7 +77,7 @@ def spam_cls_and_kwargs(
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
-        **parse_optim_args(args.optim_args, SPAM_DIALECT),
+        **parse_optim_args(args.optim_args, SPAM_NAME),
     }
     return SPAM, kwargs
 

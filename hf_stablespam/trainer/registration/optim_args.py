@@ -1,101 +1,18 @@
 """`optim_args`: from one string of the command line to the optimizer's keyword arguments."""
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from hf_stablespam._names import nearest
 
+if TYPE_CHECKING:
+    from hf_stablespam.optim.options import Kind, Option
 
-class _Option(NamedTuple):
-    parse: Callable[[str], object]
-    expected: str
-
-
-def _or_none(parse: Callable[[str], object]) -> Callable[[str], object]:
-    return lambda text: None if text.lower() == "none" else parse(text)
-
-
-def _steps(text: str) -> int | str:
-    return "auto" if text.lower() == "auto" else int(text)
-
-
-def _pair(text: str) -> tuple[float, float]:
-    first, second = text.split(":")
-    return float(first), float(second)
-
-
-def _switch(text: str) -> bool:
-    return {"true": True, "false": False}[text.lower()]
-
-
-def _float_dtype(text: str) -> object:
-    import torch  # here, because registering must not import it
-
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[text.lower()]
-
-
-class Dialect(NamedTuple):
-    """What `optim_args` understands for one optimizer."""
-
-    options: Mapping[str, _Option]
-    aliases: Mapping[str, tuple[str, int | None]]  # other name → our option, and the place in it where it is a pair
-    pair_defaults: Mapping[str, tuple[float, float]] = {}
-    beside: Mapping[str, str] = {}  # an alias that is an option's own name → the key beside which it is that option
-
-
-OPTIONS: Mapping[str, _Option] = {
-    "clip_beta": _Option(_or_none(float), "a number or none"),
-    "norm_betas": _Option(_or_none(_pair), "two numbers joined by a colon, such as 0.7:0.9, or none"),
-    "reset_interval": _Option(_or_none(int), "an integer or none"),
-    "decay_steps": _Option(_or_none(_steps), "an integer, auto or none"),
-    "decay_floor": _Option(float, "a number"),
-    "maximize": _Option(_switch, "true or false"),
-    "foreach": _Option(_or_none(_switch), "true, false or none"),
-    "fused": _Option(_or_none(_switch), "true, false or none"),
-    "state_dtype": _Option(_or_none(_float_dtype), "float32, bfloat16, float16 or none"),
-    "stochastic_rounding": _Option(_switch, "true or false"),
-    "state_bits": _Option(int, "an integer"),
-    "rank": _Option(_or_none(int), "an integer or none"),
-    "update_proj_gap": _Option(int, "an integer"),
-    "scale": _Option(float, "a number"),
-    "proj_type": _Option(str, "std, reverse_std, left, right or full"),
-    "reset_on_switch": _Option(_switch, "true or false"),
-}
-
-# The names of the paper and of the official code → our option, and the place in it where it is a pair.
-ALIASES: Mapping[str, tuple[str, int | None]] = {
-    "gamma1": ("norm_betas", 0),
-    "gamma2": ("norm_betas", 1),
-    "gamma3": ("clip_beta", None),
-    "update_proj_gap": ("reset_interval", None),
-    "total_T": ("decay_steps", None),
-}
-# What the Trainer's side reads itself.
-_TRAINER_OPTIONS = {"layerwise": _Option(_switch, "true or false")}
-STABLE_SPAM = Dialect(
-    {**OPTIONS, **_TRAINER_OPTIONS},
-    ALIASES,
-    pair_defaults={"norm_betas": (0.7, 0.9)},
-    beside={"update_proj_gap": "rank"},
-)
-
-SPAM = Dialect(
-    options={
-        "threshold": _Option(_or_none(float), "a number or none"),
-        "clip_delay": _Option(int, "an integer"),
-        "reset_interval": _Option(_or_none(int), "an integer or none"),
-        "warmup_steps": _Option(int, "an integer"),
-        "density": _Option(float, "a number"),
-        "seed": _Option(int, "an integer"),
-        "maximize": _Option(_switch, "true or false"),
-    },
-    aliases={
-        "DeltaT": ("reset_interval", None),
-        "update_proj_gap": ("reset_interval", None),
-        "warmup_epoch": ("warmup_steps", None),
-    },
-)
+# A name that is an alias and an option of its own → the key beside which it is the option.
+_BESIDE = {"update_proj_gap": "rank"}
+# The optimizers whose options the Trainer's `optim` knows.
+STABLE_SPAM, SPAM = "stable_spam", "spam"
 
 # What has a field of its own in TrainingArguments.
 _FIELDS = {
@@ -106,7 +23,7 @@ _FIELDS = {
 }
 
 
-def parse_optim_args(text: str | None, dialect: Dialect = STABLE_SPAM) -> dict[str, Any]:
+def parse_optim_args(text: str | None, optimizer: str = STABLE_SPAM) -> dict[str, Any]:
     """Read `TrainingArguments.optim_args`.
 
     Args:
@@ -114,7 +31,7 @@ def parse_optim_args(text: str | None, dialect: Dialect = STABLE_SPAM) -> dict[s
             are those of the optimizer's keyword arguments, or an alias of the paper or the official code
             (gamma1, gamma2, gamma3, update_proj_gap, total_T). `none` switches a part off. Beside `rank`
             `update_proj_gap` is GaLore's, as in transformers. `layerwise` is for the Trainer.
-        dialect: the optimizer's names; default those of `optim="stable_spam"`.
+        optimizer: whose options, "stable_spam" (the default) or "spam".
 
     Returns:
         Keyword arguments of the optimizer: only those that `text` names.
@@ -128,9 +45,10 @@ def parse_optim_args(text: str | None, dialect: Dialect = STABLE_SPAM) -> dict[s
     """
     kwargs: dict[str, Any] = {}
     given: dict[tuple[str, int | None], str] = {}
+    table = option_table(optimizer)
     entries = re.sub(r"\s", "", text).split(",") if text and text.strip() else []
     keys = {entry.partition("=")[0] for entry in entries if not entry.lower().endswith("=none")}
-    aliases = {key: option for key, option in dialect.aliases.items() if dialect.beside.get(key) not in keys}
+    aliases = {key: option for key, option in aliases_of(table).items() if _BESIDE.get(key) not in keys}
     for entry in entries:
         key, equals, value = entry.partition("=")
         if not (key and equals and value):
@@ -140,11 +58,12 @@ def parse_optim_args(text: str | None, dialect: Dialect = STABLE_SPAM) -> dict[s
             )
         name, place = aliases.get(key, (key, None))
         _claim(key, name, place, given)
+        kind = _known_kind(key, name, table)
         if place is None:
-            kwargs[name] = _read(key, value, _known_option(key, name, dialect))
+            kwargs[name] = _read(key, value, kind)
         else:
-            pair = list(kwargs.get(name, dialect.pair_defaults[name]))
-            pair[place] = _read(key, value, _Option(float, "a number"))
+            pair = list(kwargs.get(name, table[name].default))
+            pair[place] = _read(key, value, kind._replace(read=float, expected="a number"))
             kwargs[name] = tuple(pair)
     return kwargs
 
@@ -157,21 +76,38 @@ def _claim(key: str, name: str, place: int | None, given: dict[tuple[str, int | 
     given[name, place] = key
 
 
-def _known_option(key: str, name: str, dialect: Dialect) -> _Option:
-    if name in dialect.options:
-        return dialect.options[name]
+def option_table(optimizer: str) -> "Mapping[str, Option]":
+    """The options that `optim_args` may name for an optimizer, from the optimizer's own table."""
+    from hf_stablespam.optim import options  # here, because registering must not import torch
+
+    table = {STABLE_SPAM: options.STABLE_SPAM, SPAM: options.SPAM}[optimizer]
+    ours = {name: option for name, option in table.items() if name not in _FIELDS}
+    if optimizer == STABLE_SPAM:  # what the Trainer's side reads itself
+        ours["layerwise"] = options.Option(False, options.FLAG, "update during the backward pass")
+    return ours
+
+
+def aliases_of(table: "Mapping[str, Option]") -> dict[str, tuple[str, int | None]]:
+    """The names of the paper and of the official code → our option, and the place in it where it is a pair."""
+    return {alias: (name, place) for name, option in table.items() for alias, place in option.aliases}
+
+
+def _known_kind(key: str, name: str, table: "Mapping[str, Option]") -> "Kind":
+    if name in table:
+        return table[name].kind
     if key in _FIELDS:
         raise ValueError(f"optim_args does not take {key!r}; set {_FIELDS[key]} in TrainingArguments instead")
+    aliases = aliases_of(table)
     raise ValueError(
-        f"optim_args has the unknown option {key!r}{nearest(key, [*dialect.options, *dialect.aliases])}; "
-        f"known options: {', '.join(dialect.options)}; aliases: {', '.join(dialect.aliases)}"
+        f"optim_args has the unknown option {key!r}{nearest(key, [*table, *aliases])}; "
+        f"known options: {', '.join(table)}; aliases: {', '.join(aliases)}"
     )
 
 
-def _read(key: str, value: str, option: _Option) -> object:
+def _read(key: str, value: str, kind: "Kind") -> object:
     try:
-        return option.parse(value)
+        return kind.read(value)
     except (ValueError, KeyError):
         raise ValueError(
-            f"optim_args: {key} must be {option.expected}, got {value!r}; leave {key} out for its default"
+            f"optim_args: {key} must be {kind.expected}, got {value!r}; leave {key} out for its default"
         ) from None

@@ -8,8 +8,8 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_stablespam import SPAM, GradientNormCallback, MomentumResetCallback
-from hf_stablespam.trainer.registration.optim_args import SPAM as DIALECT
-from hf_stablespam.trainer.registration.optim_args import parse_optim_args
+from hf_stablespam.trainer.registration.optim_args import SPAM as NAME
+from hf_stablespam.trainer.registration.optim_args import option_table, parse_optim_args
 from tests.trainer.helpers import optimizer_of, tiny_trainer, training_logs
 
 OPTIM_ARGS = "density=0.5, reset_interval=4, clip_delay=1, threshold=20, warmup_steps=2"
@@ -52,8 +52,8 @@ def test_every_keyword_of_the_optimizer_is_an_option():
         for name, parameter in inspect.signature(SPAM).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
-    assert set(DIALECT.options) == keyword_only
-    assert parse_optim_args("DeltaT=300,warmup_epoch=10", DIALECT) == {"reset_interval": 300, "warmup_steps": 10}
+    assert set(option_table(NAME)) == keyword_only
+    assert parse_optim_args("DeltaT=300,warmup_epoch=10", NAME) == {"reset_interval": 300, "warmup_steps": 10}
 
 
 def test_options_of_stable_spam_are_unknown(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_stablespam.optim.stabilizer import Stabilizer
+from hf_stablespam.optim.stabilize.stabilizer import Stabilizer
 
 ELSEWHERE = ("state", "param_groups")  # of the attributes: these have places of their own
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
