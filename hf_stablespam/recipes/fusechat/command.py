@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _limit(text: str) -> float | None:
+def number(text: str) -> float | None:
     return None if text.lower() == "none" else float(text)
 
 
@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         "--sft-fraction": (0.4, "share of the prompts for SFT; none: all that have no pair"),
     }
     for name, (default, text) in limits.items():
-        add_option(parser, name, type=_limit, default=default, metavar="NUMBER", help=f"{text}; default {default}")
+        add_option(parser, name, type=number, default=default, metavar="NUMBER", help=f"{text}; default {default}")
     add_option(parser, "--pairs-per-prompt", choices=("best", "all"), default="best", help="default best")
     add_option(parser, "--any-source", action="store_true", help="pair answers of different sources too")
     add_option(parser, "--seed", type=int, default=0, help="of the draw of the prompts for SFT; default 0")

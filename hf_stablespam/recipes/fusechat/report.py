@@ -91,7 +91,7 @@ def report_tables(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         [f"dropped: {reason}", [f"{report['dropped'][part].get(reason, 0):,}" for part in ("sft", "dpo")]]
         for reason in reasons
     ]
-    note = "A prompt is dropped for the reason of the source that came nearest to a pair."
+    note = "A prompt is dropped for the reason of the source that came nearest to a pair." if reasons else ""
     return [*tables, {"title": "Fusion: prompts", "columns": ["SFT", "DPO"], "rows": used, "note": note}]
 
 

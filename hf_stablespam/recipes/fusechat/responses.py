@@ -104,6 +104,8 @@ def columns_of(responses: Dataset | Sequence[Mapping[str, Any]], keys: Mapping[s
     if isinstance(responses, (str, bytes, Mapping)) or not isinstance(responses, Sequence):
         raise TypeError(f"responses must be a Dataset or a list of mappings, got {type(responses).__name__}")
     for index, row in enumerate(responses):
+        if not isinstance(row, Mapping):
+            raise TypeError(f"responses must be mappings with the columns as keys, row {index} is {row!r}")
         for key in keys.values():
             if key not in row:
                 raise _missing(key, row, f"row {index} of responses")

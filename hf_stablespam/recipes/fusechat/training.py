@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -97,37 +98,34 @@ def train_target(
         convert_to_4bit(model, four_bit)
         if export:
             check_packable(model, leave_unpackable=leave_unpackable)
-    report = fusion_report(dataset)
-    evaluation = eval_dataset or {}
-    shared = {"processing_class": processing_class, "peft_config": peft_config}
-
+    report, evaluation = fusion_report(dataset), eval_dataset or {}
     folder, last = Path(str(sft_args.output_dir)), Path(str(dpo_args.output_dir))
+
+    def train(trainer_class: Any, part: str, policy: Any, args: Any, **more: Any) -> None:
+        rows = {"train_dataset": dataset[part], "eval_dataset": evaluation.get(part)}
+        shared = {"processing_class": processing_class, "peft_config": peft_config}
+        _warn_about_bfloat16(policy, args, peft_config)
+        _run(
+            trainer_class(policy, args=args, callbacks=copy.deepcopy(list(callbacks)), **rows, **shared, **more), resume
+        )
+
     if not _is_finished(folder, report, resume):
-        write_report_tables(report, folder)
+        _write_tables(report, folder)
         if len(dataset["sft"]):
-            _warn_about_bfloat16(model, sft_args, peft_config)
-            rows = {"train_dataset": dataset["sft"], "eval_dataset": evaluation.get("sft")}
-            _run(SFTTrainer(model, sft_args, callbacks=copy.deepcopy(list(callbacks)), **rows, **shared), resume)
+            train(SFTTrainer, "sft", model, sft_args)
         else:
-            model.save_pretrained(folder)
-            processing_class.save_pretrained(folder)
+            _save(model, processing_class, folder)
     if not len(dataset["dpo"]):
         last = folder
     elif not _is_finished(last, report, resume):
-        write_report_tables(report, last)
-        policy = _loaded(folder, model, four_bit)
-        _warn_about_bfloat16(policy, dpo_args, peft_config)
+        _write_tables(report, last)
         needs_none = peft_config is not None or (dpo_args.precompute_ref_log_probs and not dpo_args.fsdp)
         reference = None if needs_none else _loaded(folder, model, four_bit)
-        rows = {"train_dataset": dataset["dpo"], "eval_dataset": evaluation.get("dpo")}
-        copies = copy.deepcopy(list(callbacks))
-        trainer = DPOTrainer(policy, reference, dpo_args, callbacks=copies, **rows, **shared)
-        check_reference(trainer)
-        _run(trainer, resume)
+        train(DPOTrainer, "dpo", _loaded(folder, model, four_bit), dpo_args, ref_model=reference)
     trained = _loaded(last, model, four_bit)
     if export:
-        packed = last / "4bit" if export is True else Path(export)
-        export_4bit(trained, packed, processing_class, leave_unpackable=leave_unpackable)
+        packed, is_main = last / "4bit" if export is True else Path(export), PartialState().is_main_process
+        export_4bit(trained, packed, processing_class, leave_unpackable=leave_unpackable, is_main_process=is_main)
     return trained
 
 
@@ -150,20 +148,34 @@ def check_reference(trainer: Any) -> None:
         )
 
 
+def _write_tables(report: Mapping[str, Any], folder: Path) -> None:
+    """For the HTML report, by one process."""
+    if PartialState().is_main_process:
+        write_report_tables(report, folder)
+
+
 def _run(trainer: Any, resume: bool) -> None:
     """Train and save the model, an adapter merged into it; the state comes last."""
+    if hasattr(trainer, "ref_model"):
+        check_reference(trainer)
     folder = trainer.args.output_dir
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "peft_config"):
-        merged = model.merge_and_unload()
-        merged.save_pretrained(folder, is_main_process=trainer.is_world_process_zero())
-        if trainer.is_world_process_zero():
-            trainer.processing_class.save_pretrained(folder)
+        _save(model.merge_and_unload(), trainer.processing_class, Path(folder))
     else:
         trainer.save_model()
     trainer.save_state()
-    trainer.accelerator.wait_for_everyone()
+    PartialState().wait_for_everyone()
+
+
+def _save(model: Any, processing_class: Any, folder: Path) -> None:
+    """Write a model that is whole on every process, by one of them."""
+    is_main = PartialState().is_main_process
+    model.save_pretrained(folder, is_main_process=is_main)
+    if is_main:
+        processing_class.save_pretrained(folder)
+    PartialState().wait_for_everyone()
 
 
 def _loaded(folder: Path, like: Any, four_bit: FourBitConfig | None) -> Any:

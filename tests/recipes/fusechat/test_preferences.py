@@ -220,6 +220,8 @@ def test_wrong_inputs():
         build([])
     with pytest.raises(TypeError, match="must be a Dataset or a list of mappings, got str"):
         build("rows")
+    with pytest.raises(TypeError, match="must be mappings with the columns as keys, row 4 is 5"):
+        build([*ROWS, 5])
     with pytest.raises(ValueError, match=r"row 2 of responses must have a column 'response' \(did you mean 'respons'"):
         build([ROWS[0], ROWS[1], {"prompt": "p", "source": "A", "respons": "x", "reward": 1.0}])
     with pytest.raises(ValueError, match="no SFT row is left: none of the 2 prompts drawn"):
