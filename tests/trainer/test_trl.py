@@ -1,6 +1,7 @@
 """TRL's trainers and its command line, with the optimizer, 4 bits and the callbacks."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_stablespam import (
     FourBitCallback,
+    FourBitConfig,
     FourBitLinear,
     GradientNormCallback,
     MomentumResetCallback,
@@ -145,3 +147,59 @@ def test_a_reference_model_that_is_synchronized_computes_with_its_new_weights():
         trl.trainer.callbacks.SyncRefModelCallback._sync_target_model(policy, reference, alpha=1.0)
         assert torch.equal(reference(tokens).logits, policy(tokens).logits)
         assert not torch.equal(reference(tokens).logits, before)
+
+
+def preferences(trainer_class, tmp_path, **more):
+    names = ("prompt", "chosen", "rejected")
+    rows = Dataset.from_dict({name: [sentence(i * k + k) for i in range(16)] for k, name in enumerate(names)})
+    config = trl.DPOConfig if trainer_class is trl.DPOTrainer else trl.KTOConfig
+    if trainer_class is trl.KTOTrainer:
+        half = rows.remove_columns("rejected").rename_column("chosen", "completion")
+        rows = half.add_column("label", [True, False] * 8)
+    args = config(**options(tmp_path, learning_rate=0.0, **more.pop("config", {})))
+    data = {"train_dataset": rows, "eval_dataset": rows, "processing_class": tokenizer()}
+    model, callbacks = more.pop("model", None) or base_model(tmp_path / "base"), [FourBitCallback()]
+    return trainer_class(model, args=args, **{**data, "callbacks": callbacks, **more})
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_reference_of_dpo_is_converted_as_the_policy_is(tmp_path, given):
+    more = {"ref_model": base_model(tmp_path / "base")} if given else {}
+    trainer = preferences(trl.DPOTrainer, tmp_path, **more)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    trainer.train()
+    losses = [row["loss"] for row in training_logs(trainer)]
+    assert losses == pytest.approx([math.log(2)] * 4, abs=1e-5)
+    assert any(isinstance(module, FourBitLinear) for module in trainer.ref_model.modules())
+
+
+def test_the_reference_of_a_policy_that_was_loaded_in_4_bits(tmp_path):
+    base_model(tmp_path / "base")
+    policy = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=FourBitConfig())
+    trainer = preferences(trl.DPOTrainer, tmp_path, model=policy, callbacks=[])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert any(isinstance(module, FourBitLinear) for module in trainer.ref_model.modules())
+
+
+def test_the_reference_of_kto_is_converted_too(tmp_path):
+    trainer = preferences(trl.KTOTrainer, tmp_path)
+    trainer.train()
+    assert [row["loss"] for row in training_logs(trainer)] == pytest.approx([0.5] * 4, abs=1e-5)
+
+
+def test_the_reference_of_grpo_is_converted_too(tmp_path):
+    rows = Dataset.from_dict({"prompt": [sentence(i) for i in range(16)]})
+    args = trl.GRPOConfig(**options(tmp_path, num_generations=4, max_completion_length=4, beta=0.1, learning_rate=0.0))
+    common = {"processing_class": tokenizer(), "callbacks": [FourBitCallback()]}
+    trainer = trl.GRPOTrainer(
+        base_model(tmp_path / "base"), args=args, train_dataset=rows, reward_funcs=count_words, **common
+    )
+    trainer.train()
+    assert [row["kl"] for row in training_logs(trainer)] == pytest.approx([0.0] * 4, abs=1e-6)
+
+
+def test_log_probabilities_of_a_reference_in_high_precision_are_refused(tmp_path):
+    more = {"config": {"precompute_ref_log_probs": True}, "ref_model": base_model(tmp_path / "base")}
+    trainer = preferences(trl.DPOTrainer, tmp_path, **more)
+    with pytest.raises(ValueError, match=r"ref_model must be in 4 bits as the model is.*ref_model=convert_to_4bit"):
+        trainer.train()

@@ -13,13 +13,14 @@ from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, e
 from hf_stablespam.quant.export.checks import check_packable
 from hf_stablespam.quant.export.gguf.checks import check_gguf
 from hf_stablespam.trainer.patching import patch
+from hf_stablespam.trainer.reference_model import convert_references
 
 
 class FourBitCallback(TrainerCallback):
     """Converts the model's linear layers to 4 bits before the optimizer is made.
 
     With `model_init` the Trainer builds the model anew when training begins, and it is converted again then. Converting
-    a converted model does nothing.
+    a converted model does nothing. TRL's reference model is converted as the model is.
 
     Args:
         config: formats and which layers; default `FourBitConfig()`, or what the model was loaded with
@@ -52,9 +53,8 @@ class FourBitCallback(TrainerCallback):
         self._is_default = config is None
         self.export = export
         self.leave_unpackable = leave_unpackable
-        patch(
-            GenerationMixin, "generate", _with_fixed_weights
-        )  # for Trainers that generate: GRPO, sequence to sequence
+        patch(GenerationMixin, "generate", _with_fixed_weights)  # for GRPO and sequence to sequence
+        convert_references()
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any

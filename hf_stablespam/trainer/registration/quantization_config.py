@@ -11,6 +11,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from hf_stablespam.trainer.registration.after_import import after_import
+
 if TYPE_CHECKING:
     from transformers.quantizers.base import HfQuantizer
 
@@ -74,6 +76,12 @@ def _from_dict(options: dict[str, Any]) -> Any:
     return AutoQuantizationConfig.from_dict(options)
 
 
+def _convert_references(trainer: Any) -> None:
+    from hf_stablespam.trainer.reference_model import convert_references
+
+    convert_references()
+
+
 def _quantizer_class() -> type[HfQuantizer]:
     from transformers.quantizers.base import HfQuantizer
 
@@ -99,6 +107,7 @@ def _quantizer_class() -> type[HfQuantizer]:
             from hf_stablespam.quant import convert_to_4bit
 
             convert_to_4bit(model, self.config)
+            after_import("transformers.trainer", _convert_references)
             model.config.quantization_config = self.quantization_config
             # Nothing of the weights is quantized: whatever treats a quantized model in a special way (saving without
             # the state dict that it was given, refusing to train) must not see one.
