@@ -113,20 +113,54 @@ def recorded() -> list[dict[str, str]]:
     return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
 
 
-def print_tables(rows: list[dict[str, str]]) -> None:
-    """Mean and standard deviation over the seeds, in percent."""
-    settings = [each.name for each in fields(Run) if each.name not in ("seed", "algorithm")]
-    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
-    for row in rows:
-        groups.setdefault((*(row[name] for name in settings), row["answer"]), []).append(row)
-    print("| " + " | ".join([*settings, "answer", "seeds", *FIGURES]) + " |")
-    print("|---" * (len(settings) + 2 + len(FIGURES)) + "|")
-    for key, members in groups.items():
-        cells = []
-        for figure in FIGURES:
-            values = [float(row[figure]) for row in members]
-            cells.append(f"{mean(values):.1f} ± {stdev(values) if len(values) > 1 else 0:.1f}")
-        print("| " + " | ".join([*key, str(len(members)), *cells]) + " |")
+def cell(rows: list[dict[str, str]], run: Run, answer: str) -> str:
+    """Last accuracy over the seeds, mean ± standard deviation; then the means of average accuracy and forgetting."""
+    settings = {name: str(value) for name, value in asdict(run).items() if name not in ("seed", "algorithm")}
+    found = [row for row in rows if row["answer"] == answer and settings.items() <= row.items()]
+    if not found:
+        return "–"
+    last, average, forgetting = ([float(row[figure]) for row in found] for figure in FIGURES)
+    spread = f" ± {stdev(last):.1f}" if len(found) > 1 else ""
+    return f"{mean(last):.1f}{spread} / {mean(average):.1f} / {mean(forgetting):.1f}"
+
+
+def missing(rows: list[dict[str, str]], runs: list[Run]) -> str:
+    """How many of the runs are on record, where it is not all of them."""
+    done = {tuple(row[each.name] for each in fields(Run)) for row in rows}
+    count = sum(run.key in done for run in runs)
+    return "" if count == len(runs) else f"So far {count} of {len(runs)} runs are on record.\n\n"
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Optimizers and precisions: one line for each answer."""
+    runs = [run for run in all_runs(SEEDS) if run.key[3:-1] == Run("lae").key[3:-1]]
+    kinds = dict.fromkeys((run.optimizer, run.precision) for run in runs)
+    names = {"adamw_torch": "AdamW", "stable_spam": "Stable-SPAM", "full": "", "int4": ", INT4 backbone"}
+    lines = ["| | " + " | ".join(names[optimizer] + names[precision] for optimizer, precision in kinds) + " |"]
+    lines.append("|---" * (len(kinds) + 1) + "|")
+    for answer in ("naive", "online", "offline", "ensemble"):
+        cells = [cell(rows, Run("", optimizer, precision), answer) for optimizer, precision in kinds]
+        lines.append(f"| {answer} | " + " | ".join(cells) + " |")
+    return missing(rows, runs) + "\n".join(lines)
+
+
+def parts_table(rows: list[dict[str, str]]) -> str:
+    """LAE with something left out or exchanged: one line for each."""
+    variants = {
+        "LoRA, as above": Run(""),
+        "no frozen epochs": Run("", freeze_epochs=0),
+        "no scalars": Run("", calibrate=False),
+        "adapter beside the attention": Run("", method="adapter"),
+        "prefix with compensation": Run("", method="prefix"),
+        "backbone not pretrained": Run("", pretraining_steps=0),
+    }
+    wanted = {run.key[1:-1] for run in variants.values()}
+    runs = [run for run in all_runs(SEEDS) if run.key[1:-1] in wanted]
+    lines = ["| AdamW, full precision | naive | online | offline | ensemble |", "|---|---|---|---|---|"]
+    for name, run in variants.items():
+        cells = [cell(rows, run, answer) for answer in ("naive", "online", "offline", "ensemble")]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return missing(rows, runs) + "\n".join(lines)
 
 
 def main(command_line: list[str] | None = None) -> None:
@@ -139,7 +173,7 @@ def main(command_line: list[str] | None = None) -> None:
         for run in all_runs(tuple(options.seeds)):
             if run.key not in done:
                 append_rows(NAME, rows_of(run))
-    print_tables(recorded())
+    print(f"Last accuracy / average accuracy / forgetting, %\n\n{table(recorded())}\n\n{parts_table(recorded())}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import faults, momentum_resets, outside_language
+from benchmarks import continual, faults, momentum_resets, outside_language
 from benchmarks._record import RESULTS
 from benchmarks.cost_on_paper import cost_table
 from benchmarks.quality import read_record
@@ -49,6 +49,8 @@ def makers() -> dict[str, Callable[[], str]]:
     damaged = faults.read(RESULTS / "faults.csv")
     found |= {"faults": lambda: faults.table(damaged), "faults-bound": lambda: faults.bound_table(damaged)}
     found["momentum-resets"] = lambda: momentum_resets.table(momentum_resets.read())
+    found["continual"] = lambda: continual.table(continual.recorded())
+    found["continual-parts"] = lambda: continual.parts_table(continual.recorded())
     errors = outside_language.read_record()
     for task in outside_language.TASKS:
         found[task] = lambda task=task: outside_language.table(task, errors, steps=300)
