@@ -11,6 +11,7 @@ from hf_stablespam.monitor.figures import By, Parts, sqnr_db
 from hf_stablespam.monitor.spikes import SPIKE_SCORES, EntryScores, TensorScores
 from hf_stablespam.monitor.window import Window
 from hf_stablespam.trainer.callbacks.helpers import accelerator_watch
+from hf_stablespam.trainer.callbacks.helpers.expert_load import ExpertLoad
 from hf_stablespam.trainer.callbacks.helpers.kept_state import KeepsState
 from hf_stablespam.trainer.callbacks.helpers.quantization_error import squared_errors
 from hf_stablespam.trainer.callbacks.helpers.reporting import (
@@ -39,6 +40,8 @@ class GradientNormCallback(ReportsFigures, KeepsState, TrainerCallback):
       `weight_norm`, `update_norm` and their `update_ratio`; with 4-bit layers `weight_sqnr_db`.
     * With `StableSPAM`, or behind `stabilize`: `stable_norm` (of the gradient that enters the moments), AdaClip's
       `clip_threshold`, the `clipped` entries and their `clipped_share`, AdaGN's `norm_factor`, `resets`.
+    * With a mixture of experts, under `experts/`: `unused` experts, which got no token since the last log, and
+      `load_max`, the largest share of its block's tokens that an expert got, over an even share.
 
     `norm`, `largest` and `clip_threshold` are of the gradient before the Trainer's own clipping (`max_grad_norm`).
     With gradient accumulation, DDP and FSDP2 they are those of the whole gradient, and the same on all processes.
@@ -83,9 +86,7 @@ class GradientNormCallback(ReportsFigures, KeepsState, TrainerCallback):
         self.updates = updates
         report_before_others()
         accelerator_watch.watch()
-        self._forget()
-
-    def _forget(self) -> None:
+        self._experts: ExpertLoad | None = None  # while a run trains
         self._run: _Run | None = None  # from the first step on
         self._restored: dict[str, Any] = {}
 
@@ -93,7 +94,9 @@ class GradientNormCallback(ReportsFigures, KeepsState, TrainerCallback):
         return {"by": self.by, "spike_score": self.spike_score, "updates": self.updates}
 
     def knowledge(self) -> dict[str, Any]:
-        return self._restored if self._run is None else self._run.knowledge()
+        if self._run is None or self._experts is None:
+            return self._restored
+        return {**self._run.knowledge(), "experts": self._experts.knowledge()}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         refuse_flat_shards(args, "GradientNormCallback")
@@ -106,8 +109,18 @@ class GradientNormCallback(ReportsFigures, KeepsState, TrainerCallback):
     ) -> None:
         refuse_flat_shards(args, "GradientNormCallback")
         refuse_unseen_updates(self, args, kwargs["optimizer"])
-        self._forget()
-        self._restored = self.restored(state)
+        self._run, self._restored = None, self.restored(state)
+        self._stop_counting()
+        self._experts = ExpertLoad(kwargs["model"], self._restored.get("experts", {}))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._stop_counting()
+
+    def _stop_counting(self) -> None:
+        if self._experts is not None:
+            self._experts.close()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -137,7 +150,10 @@ class GradientNormCallback(ReportsFigures, KeepsState, TrainerCallback):
         weights, errors = squared_errors(kwargs["model"])
         figures, sums = self._run.window.take(errors.flatten())
         figures |= sqnr_db(weights, sums, self.by)
-        add_to_logs({PREFIX + name: value for name, value in figures.items()}, logs, state.log_history)
+        named: dict[str, float] = {PREFIX + name: value for name, value in figures.items()}
+        if self._experts is not None:
+            named |= self._experts.take(by_block=self.by is not None)
+        add_to_logs(named, logs, state.log_history)
 
 
 class _Run:

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from hf_stablespam._sharded import full
 from hf_stablespam.quant import FourBitLinear
+from hf_stablespam.quant.experts import FourBitExperts, quantize_experts, weight_names
 from hf_stablespam.quant.matmul import quantize_weight
 
 
@@ -18,14 +20,29 @@ def squared_errors(model: nn.Module) -> tuple[list[str], Tensor]:
         if isinstance(module, FourBitLinear) and module.recipe.weight is not None:
             names.append(f"{name}.weight")
             rows.append(_squared_error(module))
+        elif isinstance(module, FourBitExperts) and module.recipe.weight is not None:
+            for weight in weight_names(module):
+                names.append(f"{name}.{weight}")
+                rows.append(_experts_error(module, weight))
     device = rows[0].device if rows else torch.device("cpu")
     return names, torch.stack([row.to(device) for row in rows]) if rows else torch.empty(0, 2)
 
 
 def _squared_error(module: FourBitLinear) -> Tensor:
-    weight = module.weight.detach()
-    weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    weight = full(module.weight.detach())
     quantized = quantize_weight(weight, module.recipe, weight.dtype, module.shared_amax())
     # With a Hadamard transform both are in its basis.
     exact = quantize_weight(weight, module.recipe._replace(weight=None), weight.dtype)
+    return _squares(exact, quantized)
+
+
+def _experts_error(module: FourBitExperts, name: str) -> Tensor:
+    """Of all experts of a block together."""
+    weight = full(getattr(module, name).detach())
+    transposed = bool(module.is_transposed)
+    exact = quantize_experts(weight, module.recipe._replace(weight=None), weight.dtype, transposed)
+    return _squares(exact, quantize_experts(weight, module.recipe, weight.dtype, transposed))
+
+
+def _squares(exact: Tensor, quantized: Tensor) -> Tensor:
     return torch.stack([part.float().square().sum() for part in (exact, exact - quantized)])
