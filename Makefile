@@ -10,7 +10,7 @@ CONSTRAINTS_ARGS ?= -c constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo demo-short test lint types unit test-long test-versions package-check evidence-smoke docs docs-serve constraints clean
+.PHONY: help demo demo-short test lint types unit test-long test-versions package-check evidence-smoke gpu-check-rehearsal docs docs-serve constraints clean
 
 help:
 	@echo "make demo        three short pretrainings on the CPU: full precision, 4 bits, 4 bits with Stable-SPAM"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-versions  the Trainer's tests under each supported transformers, in environments of their own"
 	@echo "make package-check  build sdist and wheel, install the wheel elsewhere, and run the quick start there"
 	@echo "make evidence-smoke  repeat a small part of the committed evidence and compare, in minutes"
+	@echo "make gpu-check-rehearsal  benchmarks/gpu_check.sh at tiny sizes on the CPU, in Triton's interpreter"
 	@echo "make docs        build the documentation into site/, a warning is an error; make docs-serve shows it"
 	@echo "make constraints resolve constraints.txt anew, with uv"
 	@echo "make clean       remove the virtual environment, caches and demo output"
@@ -77,6 +78,10 @@ docs-serve: $(VENV)/.docs
 
 evidence-smoke: $(VENV)/.dev
 	$(BIN)/python benchmarks/evidence_smoke.py
+
+gpu-check-rehearsal: $(VENV)/.dev
+	rm -rf .cache/gpu_check
+	PYTHON=$(BIN)/python benchmarks/gpu_check.sh .cache/gpu_check --rehearse
 
 # What CUDA builds of torch bring along is left out: with a CPU build none of it is installed.
 constraints:

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from corpus import train_tokenizer
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:  # a machine that trains on the standard library may lack it
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 SHUFFLE_BUFFER = 10_000  # documents, when streaming
@@ -65,6 +68,8 @@ def load_text_data(
 
 def open_dataset(name: str, config: str | None, streaming: bool) -> DatasetDict | IterableDatasetDict:
     """The data set with all its splits."""
+    from datasets import load_dataset
+
     path = Path(name)
     if not path.is_file():
         return load_dataset(name, config, streaming=streaming)
@@ -85,7 +90,7 @@ def split(
     for name in ("validation", "test"):
         if name in dataset:
             return train, dataset[name]
-    if isinstance(train, IterableDataset):
+    if not hasattr(train, "train_test_split"):  # streamed
         return train.skip(validation_documents), train.take(validation_documents)
     if len(train) < 2:
         raise ValueError("dataset_name must have at least 2 documents, one of them for validation; got 1")

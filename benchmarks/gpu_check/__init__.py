@@ -1,0 +1,1 @@
+"""What is run first on a GPU; `benchmarks/gpu_check.sh` calls it."""
