@@ -8,7 +8,7 @@ The optimizers take turns; p20, p50 and p80 of the step are given in millisecond
 AdamW and to gradient clipping with fused AdamW, which is what the Trainer does by default. A fresh gradient comes
 every step, so that AdaClip clips as it does in training. On a CPU with numba (extra `cpu`) Stable-SPAM also runs
 without it. `--with-pytorch-optimizer` adds that package's StableSPAM, `--all-paths` AdamW by foreach, the loop, and
-all parts off, `--relatives` SPAM, GaLore, 8- and 4-bit states, Lion, and `stabilize` in front of AdamW and Lion.
+all parts off, `--relatives` SPAM, GaLore, 8- and 4-bit states, Lion, and `stabilize` in front of it.
 GaLore's figures are those between two decompositions (one every 200 steps).
 """
 
@@ -68,6 +68,7 @@ def contestants(arguments: argparse.Namespace, rank: int) -> dict[str, tuple[Any
         BASE: (lambda p: torch.optim.AdamW(p, fused=True), False),
         CLIPPED: (lambda p: torch.optim.AdamW(p, fused=True), True),
         "StableSPAM": (StableSPAM, False),
+        "stabilize(AdamW(fused))": (lambda p: stabilize(torch.optim.AdamW(p, fused=True)), False),
     }
     if has_numba(arguments):
         makers["StableSPAM(without numba)"] = (without_numba, False)
@@ -100,7 +101,6 @@ def relatives(rank: int) -> dict[str, Any]:
         "StableSPAM state_bits=4": lambda p: StableSPAM(p, state_bits=4),
         "GaLore rank=hidden/4": lambda p: galore(p, clip_beta=None, norm_betas=None, reset_interval=None),
         "StableSPAM rank=hidden/4": galore,
-        "stabilize(AdamW(fused))": lambda p: stabilize(torch.optim.AdamW(p, fused=True)),
         "Lion(bitsandbytes)": lambda p: Lion(p, lr=1e-4),
         "stabilize(Lion(bitsandbytes))": lambda p: stabilize(Lion(p, lr=1e-4)),
     }

@@ -148,6 +148,17 @@ def test_a_nonfinite_gradient_changes_nothing_and_is_not_decomposed(when, monkey
     assert optimizer.state[weight]["project_age"] == {0: 1, 5: 1, 3: 1}[when]
 
 
+@pytest.mark.parametrize("when", [3, 5])
+def test_a_gradient_whose_squared_norm_overflows_changes_nothing(when):
+    (weight,) = parameters((24, 10))
+    rows = gradients([weight], 8)
+    optimizer = train([weight], rows[:when], StableSPAM([weight], **GALORE, reset_on_switch=True))
+    before = snapshot(optimizer)
+    train([weight], [[rows[when][0] * 1e38]], optimizer)
+    assert optimizer.statistics["nonfinite"] == 1
+    assert_identical(snapshot(optimizer), before)
+
+
 def test_gradients_are_not_changed():
     (weight,) = parameters((24, 10))
     optimizer = StableSPAM([weight], **GALORE)

@@ -187,6 +187,20 @@ def test_a_run_of_adamw_is_continued_in_8_bits():
     assert (stored - original).norm() / original.norm() < 0.02
 
 
+@both
+def test_adopted_second_moments_above_zero_stay_above_zero(bits):
+    params = parameters((64, 80))
+    row = torch.full((64, 80), 1e-6)
+    row[:, 0] = 1.0
+    adamw = train(params, [[row]], torch.optim.AdamW(params))
+    optimizer = StableSPAM(params, state_bits=bits)
+    optimizer.load_state_dict(adamw.state_dict())
+    assert (moments_of(optimizer, params[0])[1] > 0).all()
+    full = StableSPAM(params)  # and back into full moments
+    full.load_state_dict(optimizer.state_dict() | {"param_groups": full.state_dict()["param_groups"]})
+    assert torch.equal(full.state[params[0]]["exp_avg_sq"], moments_of(optimizer, params[0])[1])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,9 +1,13 @@
 """Bad input is an error before anything is trained, and its message names option, rule, value and remedy."""
 
+import inspect
+from pathlib import Path
+
 import pytest
 import torch
 
-from hf_stablespam.optim import StableSPAM
+import hf_stablespam
+from hf_stablespam.optim import SPAM, StableSPAM, options, stabilize
 
 BAD = [
     ({"lr": -1e-3}, r"lr must be a number >= 0, got -0.001; pass the learning rate as a positive number"),
@@ -86,3 +90,40 @@ def test_an_unresolved_auto_is_refused_when_stepping():
     weight.grad = torch.ones(2)
     with pytest.raises(ValueError, match=r"decay_steps must be a number of update steps or None.*got 'auto'.*Trainer"):
         optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("cls", "table"), [(StableSPAM, options.STABLE_SPAM), (SPAM, options.SPAM)], ids=["stable", "spam"]
+)
+def test_signature_and_table_have_the_same_defaults(cls, table):
+    parameters = list(inspect.signature(cls).parameters.values())[1:]
+    assert {parameter.name: parameter.default for parameter in parameters} == {n: o.default for n, o in table.items()}
+    defaults = cls([torch.nn.Parameter(torch.ones(2))]).defaults
+    assert {name: defaults[name] for name in table} == {n: o.default for n, o in table.items()}
+
+
+def test_stabilize_has_the_defaults_of_the_table():
+    for function in (stabilize, hf_stablespam.StabilizeCallback):
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name != "optimizer":
+                assert parameter.default == options.STABLE_SPAM[name].default, name
+
+
+def test_the_docs_show_the_defaults_and_symbols_of_the_table():
+    pages = {
+        name: Path(__file__).parents[2].joinpath("docs", f"{name}.md").read_text()
+        for name in ("hyperparameters", "memory")
+    }
+    for page, names in (("hyperparameters", ("clip_beta", "decay_floor")), ("memory", ("update_proj_gap", "scale"))):
+        for name in names:
+            assert f"| `{name}` | {options.STABLE_SPAM[name].default} |" in pages[page]
+    for name, option in options.STABLE_SPAM.items():
+        for alias, _ in option.aliases:
+            assert f"`{alias}`" in pages["hyperparameters"], (name, alias)
+
+
+def test_every_value_that_is_read_is_accepted_or_refused_by_the_same_rule():
+    assert options.STATE_DTYPE.accepts(options.STATE_DTYPE.read("bfloat16"))
+    assert "float16," not in options.STATE_DTYPE.expected.replace("bfloat16,", "")
+    with pytest.raises(KeyError):
+        options.STATE_DTYPE.read("float16")

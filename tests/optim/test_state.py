@@ -99,3 +99,21 @@ def test_a_state_that_lacks_entries_is_refused_by_name():
     saved["state"] = {0: {k: v for k, v in saved["state"][0].items() if k not in ("clip_max", "norm_sq")}}
     with pytest.raises(ValueError, match=r"state of parameter 0.*lacks clip_max, norm_sq"):
         StableSPAM(params).load_state_dict(saved)
+
+
+def test_a_state_saved_with_scales_loads_exactly():
+    """Version 0.1 kept large moments beside numbers to multiply them by."""
+    params = parameters((200, 100), (3,))
+    rows = gradients(params, 6)
+    optimizer = train(params, rows[:3])
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        for name, scale in (("exp_avg", 0.25), ("exp_avg_sq", 2.0**-20)):
+            state[name] /= scale
+            state[f"{name}_scale"] = torch.tensor(scale)
+    second, others = resumed(optimizer, params, saved)
+    assert_identical(snapshot(second), snapshot(optimizer))
+    assert "exp_avg_scale" in saved["state"][0]
+    train(params, rows[3:], optimizer)
+    train(others, rows[3:], second)
+    assert_identical(snapshot(second), snapshot(optimizer))
