@@ -5,7 +5,7 @@ numbers 0-dimensional, or as a column beside a matrix whose rows belong to diffe
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +21,9 @@ class Coefficients(NamedTuple):
     enter: Tensor  # 1 − sβ1, of the gradient in M
     keep_sq: Tensor  # β2, of the old V
     enter_sq: Tensor  # 1 − β2
-    correction: Tensor  # 1 − (sβ1)ᵏ
-    correction_sq: Tensor  # 1 − β2ᵏ
-    lr: Tensor
+    size: Tensor  # lr·√(1−β2ᵏ)/(1−(sβ1)ᵏ)
     decay: Tensor  # 1 − lr·wd
-    eps: Tensor
+    eps: Tensor  # ε·√(1−β2ᵏ)
 
 
 def bias_correction(beta: Tensor | float, step: Tensor) -> Tensor:
@@ -167,17 +165,23 @@ def safe_norm(grad: Tensor, grad_max: Tensor) -> Tensor:
 def smallest_root(dtype: torch.dtype) -> float:
     """``√V`` of the smallest ``V`` above zero: below it stands only the root of a ``V`` that is zero.
 
-    As the least denominator of Adam it changes none, and where ``ε = 0`` and no gradient ever was anything but zero
-    it divides 0 by a number.
+    As the least ``ε`` it changes nothing of note, and where no gradient ever was anything but zero it divides 0 by a
+    number.
     """
     return math.sqrt(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
+
+
+def adam_sizes(lr: Any, betas: tuple[Any, float], step: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``size`` and ``eps`` of `Coefficients` for ``k`` gradients in the moments, this one included."""
+    root = bias_correction(betas[1], step).sqrt()
+    return lr * root / bias_correction(betas[0], step), max(eps, smallest_root(step.dtype)) * root
 
 
 def adam_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, by: Coefficients) -> None:
     """MoRet and AdamW in place, on a stabilised gradient.
 
     ``M ← β1·M + (1−β1)·g``,  ``V ← β2·V + (1−β2)·g²``,
-    ``w ← w·(1−lr·wd) − lr·(M/(1−β1ᵏ)) / (√(V/(1−β2ᵏ)) + ε)``
+    ``w ← w·(1−lr·wd) − lr·(M/(1−β1ᵏ)) / (√(V/(1−β2ᵏ)) + ε)``, the last as ``size·M/(√V + ε·√(1−β2ᵏ))``
 
     Args:
         weight: ``w``, any shape, float32 or float64 like everything here; changed.
@@ -188,5 +192,5 @@ def adam_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, by:
     """
     exp_avg.mul_(by.keep).addcmul_(grad, by.enter)
     exp_avg_sq.mul_(by.keep_sq).addcmul_(grad * by.enter_sq, grad)
-    root = (exp_avg_sq / by.correction_sq).sqrt_().add_(by.eps).clamp_(min=smallest_root(grad.dtype))
-    weight.mul_(by.decay).sub_(exp_avg / by.correction * by.lr / root)
+    root = exp_avg_sq.sqrt().add_(by.eps)
+    weight.mul_(by.decay).sub_((exp_avg * by.size).div_(root))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_stablespam.optim.formulas import (
     Coefficients,
-    bias_correction,
+    adam_sizes,
     clip_ratio,
     clip_threshold,
     cosine_decay,
@@ -179,9 +179,10 @@ def _coefficients(
     options: Options,
 ) -> Coefficients:
     (beta1, beta2), lr = options["betas"], options["lr"]
-    ones, k = torch.ones_like(factor), moment_step.to(factor.dtype)
+    ones = torch.ones_like(factor)
     beta1 = decay * beta1 * ones
     carry = _carry(old, factor, moment_step)
+    size, eps = adam_sizes(lr, (beta1, beta2), moment_step.to(factor.dtype), options["eps"])
 
     def unless_passed_over(value: Tensor | float, neutral: float) -> Tensor:
         return torch.where(finite, value, neutral)
@@ -194,11 +195,9 @@ def _coefficients(
         enter=unless_passed_over(1 - beta1, 0.0),
         keep_sq=unless_passed_over(beta2 * carry * carry, 1.0),
         enter_sq=unless_passed_over((1 - beta2) * ones, 0.0),
-        correction=bias_correction(beta1, k),
-        correction_sq=bias_correction(beta2, k),
-        lr=unless_passed_over(lr * ones, 0.0),
+        size=unless_passed_over(size, 0.0),
         decay=unless_passed_over((1 - lr * options["weight_decay"]) * ones, 1.0),
-        eps=options["eps"] * ones,
+        eps=eps,
     )
 
 

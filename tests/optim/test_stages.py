@@ -13,7 +13,7 @@ REMOVED = {
     "normalise": ("norm_factor", lambda target, norm: torch.ones_like(norm)),
     "reset": ("is_reset_step", lambda step, interval: step < 0),
     "decay": ("cosine_decay", lambda step, steps, floor: 1.0),
-    "bias correction": ("bias_correction", lambda beta, step: torch.ones_like(step)),
+    "bias correction": ("adam_sizes", lambda lr, betas, step, eps: (lr * torch.ones_like(step), eps + 0 * step)),
     "debiasing of the threshold": (
         "clip_threshold",
         lambda t, grad_max, step, clip_beta: ((new := clip_beta * t + (1 - clip_beta) * grad_max), new),
@@ -22,7 +22,7 @@ REMOVED = {
 # a coefficient that a backend could forget to use → its value where it does nothing
 NEUTRAL = {
     **{"threshold": torch.inf, "ratio": 1, "factor": 1, "keep": 0, "enter": 1, "keep_sq": 0, "enter_sq": 1},
-    **{"correction": 1, "correction_sq": 1, "lr": 0, "decay": 1, "eps": 1e-2},
+    **{"size": 0, "decay": 1, "eps": 1e-2},
 }
 # which of the golden trajectories shows it
 SHOWS = {"reset": "reset", "decay": "reset_decay_wd"}
@@ -57,7 +57,7 @@ def test_every_backend_uses_every_coefficient(path, coefficient, monkeypatch):
 
     def without(*arguments):
         decided = decide(*arguments)
-        value = torch.full_like(decided.by.lr, NEUTRAL[coefficient])
+        value = torch.full_like(decided.by.size, NEUTRAL[coefficient])
         return decided._replace(by=decided.by._replace(**{coefficient: value}))
 
     monkeypatch.setattr(step, "plan_update", without)

@@ -258,18 +258,16 @@ def _scale(largest: Any) -> float:
 
 @_compiled(fastmath=_FAST)
 def _update(
-    param: Array, grad: Array, exp_avg: Array, exp_avg_sq: Array, by: Array, least_root: Any, stochastic: bool, key: Any
+    param: Array, grad: Array, exp_avg: Array, exp_avg_sq: Array, by: Array, stochastic: bool, key: Any
 ) -> None:
     threshold, ratio, factor, keep, enter, keep_sq, enter_sq = by[0], by[1], by[2], by[3], by[4], by[5], by[6]
-    correction_sq, size, decay, eps = by[8], by[9] / by[7], by[10], by[11]
+    size, decay, eps = by[7], by[8], by[9]
     for index in range(grad.size):
         value = widen(grad[index])
         value = (value * ratio if abs(value) > threshold else value) * factor
         first = keep * widen(exp_avg[index]) + enter * value
         second = keep_sq * widen(exp_avg_sq[index]) + enter_sq * value * value
-        root = np.sqrt(second / correction_sq) + eps
-        root = root if root > least_root else least_root
-        weight = widen(param[index]) * decay - size * first / root
+        weight = widen(param[index]) * decay - size * first / (np.sqrt(second) + eps)
         noise = to_nearest(weight, param)
         if stochastic:
             noise = _scrambled(np.uint32(index) ^ key) & np.uint32(0xFFFF)
@@ -286,7 +284,6 @@ def _update_chunk(
     likes: Any,
     sizes: Any,
     by: Array,
-    least_root: Any,
     stochastic: bool,
     key: Any,
 ) -> None:
@@ -296,7 +293,7 @@ def _update_chunk(
         carray(_pointer(table.grads[owner] + start * table.itemsize, table.like), size),
         carray(_pointer(others[1, owner] + start * sizes[1], likes[1]), size),
         carray(_pointer(others[2, owner] + start * sizes[1], likes[1]), size),
-        *(by[owner], least_root, stochastic, key),
+        *(by[owner], stochastic, key),
     )
 
 
@@ -309,8 +306,7 @@ def update(
     likes: tuple[Array, Array],  # of weights and moments
     itemsizes: tuple[int, int],
     finite: Array,  # (tensors,) bool: what is not is not touched
-    by: Array,  # (tensors, 12), `formulas.Coefficients`
-    least_root: Any,
+    by: Array,  # (tensors, 10), `formulas.Coefficients`
     stochastic: bool,
     seed: int,
 ) -> None:
@@ -318,7 +314,7 @@ def update(
     for chunk in range(start, stop):
         if finite[table.owners[chunk]]:
             key = _scrambled(np.uint32(chunk) ^ np.uint32(seed))
-            _update_chunk(table, chunk, others, likes, itemsizes, by, least_root, stochastic, key)
+            _update_chunk(table, chunk, others, likes, itemsizes, by, stochastic, key)
 
 
 @_compiled(fastmath=_FAST)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from hf_stablespam.optim.backends.base import Backend, is_plain_tensor, share_layout
-from hf_stablespam.optim.formulas import smallest_root
 from hf_stablespam.optim.plan import CHANGING, MOMENTS, Batch, Clipped, Clipping, Measured, Options, Plan, Trackers
 
 # how an array shows a tensor's entries, and their bits as signed integers
@@ -85,7 +84,7 @@ class NumbaOps(Backend):
         self._share_out(
             *(self.kernels.update, self.table, np.array([_addresses(column) for column in (params, *moments)])),
             *(tuple(_likes(dtype)[0] for dtype in dtypes), tuple(dtype.itemsize for dtype in dtypes)),
-            *(plan.finite.numpy(), by, by.dtype.type(smallest_root(self.precise)), stochastic),
+            *(plan.finite.numpy(), by, stochastic),
             int(torch.randint(1 << 32, ())) if stochastic else 0,
         )
         torch.autograd.graph.increment_version(params)  # as torch's own operations do, so that autograd notices
@@ -191,7 +190,7 @@ def _try(param: torch.dtype, grad: torch.dtype, moment: torch.dtype, rescales: b
     moments = {name: torch.zeros(8, dtype=moment) for name in ("exp_avg", "exp_avg_sq")}
     batch = Batch([torch.ones(8, dtype=param)], [torch.ones(8, dtype=grad)], [counters | trackers | moments])
     ones = torch.ones(1, dtype=precise)
-    plan = Plan(None, ones > 0, ones, ones > 0, [ones] * 12)  # type: ignore[arg-type]
+    plan = Plan(None, ones > 0, ones, ones > 0, [ones] * 10)  # type: ignore[arg-type]
     one = NumbaOps(batch, {"clip_beta": 0.9, "stochastic_rounding": False})
     one.write_trackers(one.read_trackers())
     one.measure_clipped(one.measure(), Clipping(ones, ones, ones))

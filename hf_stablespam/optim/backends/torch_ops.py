@@ -16,8 +16,9 @@ from hf_stablespam.optim.formulas import Coefficients, adam_, clip_spikes, scale
 from hf_stablespam.optim.plan import Batch, Clipped, Clipping, Measured, Options, Plan
 from hf_stablespam.optim.state.stochastic_rounding import store
 
-BUCKET = {"cpu": 1 << 17}  # entries of a bucket, by device type
+BUCKET = {"cpu": 1 << 18}  # entries of a bucket, by device type
 LARGE_BUCKET = 1 << 24  # on any other device
+TINY = 1e-15  # entries whose squares may leave the range of float32
 ROW = 256  # entries of a row where a bucket holds several pieces
 
 
@@ -61,9 +62,9 @@ class Bucket:
         """One number per tensor as one number per row."""
         return vector[self.owners].unsqueeze(1)
 
-    def columns(self, by: Coefficients) -> Coefficients:
-        """The same for all coefficients."""
-        return Coefficients(*(self.column(vector) for vector in by))
+    def columns(self, by: Tensor) -> Coefficients:
+        """The same for all coefficients, (tensors, 10)."""
+        return Coefficients(*by[self.owners].unsqueeze(2).unbind(1))
 
     def _parts(self, matrix: Tensor) -> list[Tensor]:
         if len(self.pieces) == 1:
@@ -105,14 +106,14 @@ class TorchOps(Backend):
             if self._may_clip(index, threshold):
                 grad, spikes = clip_spikes(bucket.gather("grad", self.precise), threshold, ratio)
                 norms[index] = _norms(grad, self.row_maxima[index])
-                entries[index] = spikes.sum(1).to(self.precise)
+                entries[index] = spikes.sum(1, dtype=self.precise)
         return Clipped(self._norms_of_tensors(norms, measured.grad_max), self._of_tensors(entries, "sum"))
 
     def update(self, plan: Plan) -> None:
-        stochastic = self.options["stochastic_rounding"]
+        stochastic, coefficients = self.options["stochastic_rounding"], torch.stack(plan.by, dim=1)
         for index, bucket in enumerate(self.buckets):
-            by = bucket.columns(plan.by)
-            grad = self._stabilized(index, bucket, by, bucket.column(plan.finite))
+            by = bucket.columns(coefficients)
+            grad = self._stabilized(index, bucket, by, plan.finite)
             names = ("param", "exp_avg", "exp_avg_sq")
             weight, exp_avg, exp_avg_sq = (bucket.gather(name, self.precise) for name in names)
             adam_(weight, grad, exp_avg, exp_avg_sq, by)
@@ -123,8 +124,9 @@ class TorchOps(Backend):
     def rescale(self, plan: Plan) -> list[Tensor]:
         new = [torch.empty_like(grad) for grad in self.batch.grads]
         targets = _buckets(self.batch._replace(grads=new), BUCKET.get(new[0].device.type, LARGE_BUCKET))
+        coefficients = torch.stack(plan.by, dim=1)
         for index, (bucket, target) in enumerate(zip(self.buckets, targets, strict=True)):
-            grad = self._stabilized(index, bucket, bucket.columns(plan.by), bucket.column(plan.finite))
+            grad = self._stabilized(index, bucket, bucket.columns(coefficients), plan.finite)
             target.scatter("grad", grad)
         return new
 
@@ -135,7 +137,9 @@ class TorchOps(Backend):
         grad = grad * by.factor
         if grad.is_cpu and bool(finite.all()):
             return grad
-        return grad.masked_fill_(~finite, 0)  # else a gradient that is not finite would come through its factor of 0
+        return grad.masked_fill_(
+            ~bucket.column(finite), 0
+        )  # else a gradient that is not finite would come through its factor of 0
 
     def _may_clip(self, index: int, threshold: Tensor) -> bool:
         """Whether a bucket may hold a spike; asked only where nobody waits for the answer."""
@@ -155,7 +159,9 @@ class TorchOps(Backend):
 
 
 def _norms(matrix: Tensor, maxima: Tensor) -> Tensor:
-    """The norm of each row."""
+    """The norm of each row; divided by its largest entry first, unless it is known that squares stay in range."""
+    if matrix.is_cpu and bool(((maxima == 0) | ((maxima > TINY) & (maxima < 1 / TINY))).all()):
+        return torch.linalg.vector_norm(matrix, dim=1)
     scale = scale_of(maxima)
     return scale * torch.linalg.vector_norm(matrix / scale.unsqueeze(1), dim=1)
 

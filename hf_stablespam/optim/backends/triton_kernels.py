@@ -88,23 +88,21 @@ def update(
     starts,
     sizes,
     finite,  # (tensors,) 1, or 0 for what is passed over
-    coefficients,  # (tensors, 12), `formulas.Coefficients`
+    coefficients,  # (tensors, 10), `formulas.Coefficients`
     seed,
-    least_root,
     BLOCK: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
     """Clip, normalise, reset and AdamW; a tensor that is passed over is not touched."""
     program, owner, offsets, mask = _chunk(owners, starts, sizes, BLOCK)
-    row = coefficients + owner * 12
+    row = coefficients + owner * 10
     if tl.load(finite + owner) > 0:
         grad = _stabilized(_load(grads, owner, offsets, mask, grad_like), row)
         exp_avg = tl.load(row + 3) * _load(exp_avgs, owner, offsets, mask, moment_like) + tl.load(row + 4) * grad
         exp_avg_sq = _load(exp_avg_sqs, owner, offsets, mask, moment_like)
         exp_avg_sq = tl.load(row + 5) * exp_avg_sq + tl.load(row + 6) * grad * grad
-        root = tl.maximum(tl.sqrt(exp_avg_sq / tl.load(row + 8)) + tl.load(row + 11), least_root)
-        weight = _load(params, owner, offsets, mask, param_like) * tl.load(row + 10)
-        weight -= tl.load(row + 9) * (exp_avg / tl.load(row + 7)) / root
+        weight = _load(params, owner, offsets, mask, param_like) * tl.load(row + 8)
+        weight -= tl.load(row + 7) * exp_avg / (tl.sqrt(exp_avg_sq) + tl.load(row + 9))
         if STOCHASTIC:
             noise = (tl.randint(tl.load(seed), program * BLOCK + tl.arange(0, BLOCK)) & 0xFFFF).to(tl.int32)
             weight = ((weight.to(tl.int32, bitcast=True) + noise) & -65536).to(tl.float32, bitcast=True)
@@ -117,5 +115,5 @@ def update(
 def rescale(new, grads, like, owners, starts, sizes, finite, coefficients, BLOCK: tl.constexpr):
     """Clipped and normalised copies; zeros for a tensor that is passed over."""
     _, owner, offsets, mask = _chunk(owners, starts, sizes, BLOCK)
-    grad = _stabilized(_load(grads, owner, offsets, mask, like), coefficients + owner * 12)
+    grad = _stabilized(_load(grads, owner, offsets, mask, like), coefficients + owner * 10)
     _store(new, owner, offsets, mask, like, tl.where(tl.load(finite + owner) > 0, grad, 0.0))

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_stablespam.optim.backends import triton_kernels as kernels
 from hf_stablespam.optim.backends.base import Backend
-from hf_stablespam.optim.formulas import scale_of, smallest_root
+from hf_stablespam.optim.formulas import scale_of
 from hf_stablespam.optim.plan import MOMENTS, Batch, Clipped, Clipping, Measured, Options, Plan
 
 
@@ -82,7 +82,7 @@ class TritonOps(Backend):
         with self.on_device:
             kernels.update[self.grid](
                 *(*self.addresses.unbind(), *likes, *self.where),
-                *(plan.finite.to(torch.float32), torch.stack(plan.by, dim=1), seed, smallest_root(torch.float32)),
+                *(plan.finite.to(torch.float32), torch.stack(plan.by, dim=1), seed),
                 BLOCK=kernels.BLOCK,
                 STOCHASTIC=stochastic,
             )

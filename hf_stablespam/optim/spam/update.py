@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_stablespam.optim.formulas import Coefficients, adam_, bias_correction, is_usable, safe_norm
+from hf_stablespam.optim.formulas import Coefficients, adam_, adam_sizes, is_usable, safe_norm
 from hf_stablespam.optim.state.sparse_mask import mask_indices
 
 State = dict[str, Tensor]
@@ -107,6 +107,7 @@ def _adam(
     clipped, one = torch.zeros_like(grad_max), torch.ones_like(grad_max)
     if threshold is not None:
         grad, clipped = clip_to_history(grad, exp_avg_sq, threshold, k > options["clip_delay"])
+    size, eps = adam_sizes(lr, options["betas"], k.to(grad.dtype), options["eps"])
     by = Coefficients(
         threshold=one * torch.inf,
         ratio=one,
@@ -115,11 +116,9 @@ def _adam(
         enter=(1 - beta1) * one,
         keep_sq=beta2 * one,
         enter_sq=(1 - beta2) * one,
-        correction=bias_correction(beta1, k.to(grad.dtype)),
-        correction_sq=bias_correction(beta2, k.to(grad.dtype)),
-        lr=lr * (warmup_factor(k.to(grad.dtype), options["warmup_steps"]) if warms_up else one),
+        size=size * (warmup_factor(k.to(grad.dtype), options["warmup_steps"]) if warms_up else one),
         decay=(1 - lr * options["weight_decay"]) * one,
-        eps=options["eps"] * one,
+        eps=eps,
     )
     adam_(weight, grad, exp_avg, exp_avg_sq, by)
     return {"moment_step": k, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, weight, clipped, safe_norm(grad, grad_max)
