@@ -151,7 +151,7 @@ def embedding_rows(model: Any) -> int:
 def check_rows(model: Any, vocabulary: SpeechVocabulary) -> None:
     """Raises ValueError where the model has no embedding row for one of the vocabulary's tokens."""
     rows = embedding_rows(model)
-    needed = max(vocabulary.token_ids[-1], *vocabulary.markers.values()) + 1
+    needed = max(vocabulary.first_code + vocabulary.codebook_size, 1 + max(vocabulary.markers.values()))
     if rows < needed:
         raise ValueError(
             f"the model has {rows} embedding rows, but the speech vocabulary needs {needed}: load the model that was "
