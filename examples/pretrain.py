@@ -28,9 +28,10 @@ from corpus import TokenBlocks, evenly_spaced, load_standard_library
 from text_data import load_text_data
 from torch.utils.data import Dataset
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     HfArgumentParser,
-    LlamaConfig,
-    LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -51,6 +52,7 @@ from hf_stablespam import (
 # Hidden size, intermediate size, layers, heads: the paper's models, whose names count a vocabulary of 32,000.
 SHAPES = {
     "tiny": (128, 352, 4, 4),
+    "moe-tiny": (128, 128, 4, 4),  # a Qwen3-MoE, with this intermediate size in each of 8 experts
     "9m": (128, 352, 4, 4),
     "20m": (256, 688, 4, 4),
     "60m": (512, 1376, 8, 8),
@@ -62,12 +64,15 @@ SHAPES = {
 
 @dataclass
 class ModelArguments:
-    model_size: Literal["tiny", "9m", "20m", "60m", "130m", "350m", "1b"] = field(
-        default="tiny", metadata={"help": "Shape of the Llama. `tiny` is `9m` with a vocabulary of 2,048."}
+    model_size: Literal["tiny", "moe-tiny", "9m", "20m", "60m", "130m", "350m", "1b"] = field(
+        default="tiny",
+        metadata={
+            "help": "Shape of the Llama. `tiny` is `9m` with a vocabulary of 2,048; `moe-tiny` a mixture of 8 experts."
+        },
     )
     vocab_size: int | None = field(
         default=None,
-        metadata={"help": "Tokens of the vocabulary; default 2048 for tiny, otherwise 32000."},
+        metadata={"help": "Tokens of the vocabulary; default 2048 for tiny and moe-tiny, otherwise 32000."},
     )
     tokenizer_name: str | None = field(
         default=None,
@@ -76,7 +81,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         if self.vocab_size is None:
-            self.vocab_size = 2048 if self.model_size == "tiny" else 32_000
+            self.vocab_size = 2048 if self.model_size.endswith("tiny") else 32_000
 
 
 @dataclass
@@ -135,10 +140,13 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-def llama(model_size: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> LlamaForCausalLM:
-    """A Llama with random weights, drawn from the global seed."""
+def llama(model_size: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedModel:
+    """A Llama, or a mixture of experts, with random weights, drawn from the global seed."""
     hidden, intermediate, layers, heads = SHAPES[model_size]
-    config = LlamaConfig(
+    is_mixture = model_size.startswith("moe")
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": intermediate}
+    config = AutoConfig.for_model(
+        "qwen3_moe" if is_mixture else "llama",
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -150,8 +158,9 @@ def llama(model_size: str, tokenizer: PreTrainedTokenizerBase, block_size: int) 
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         use_cache=False,
+        **(experts | {"head_dim": hidden // heads} if is_mixture else {}),
     )
-    return LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def load_data(

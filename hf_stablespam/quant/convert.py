@@ -130,6 +130,10 @@ def restore_linear(model: ModelT) -> ModelT:
     return model
 
 
+# The same, named as the counterpart of `convert_to_4bit`.
+convert_from_4bit = restore_linear
+
+
 def left_alone(model: nn.Module) -> list[str]:
     """What has a weight matrix and is not converted: ``name (type)``, layers of all blocks under one name."""
     found: Counter[str] = Counter()

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from hf_stablespam.trainer.callbacks.four_bit import FourBitCallback
     from hf_stablespam.trainer.callbacks.gradient_norm import GradientNormCallback
     from hf_stablespam.trainer.callbacks.momentum_reset import MomentumResetCallback
-    from hf_stablespam.trainer.callbacks.spike_recorder import SpikeRecorder
+    from hf_stablespam.trainer.callbacks.spike_recorder import SpikeRecorder, SpikeRecorderCallback
     from hf_stablespam.trainer.callbacks.stabilize import StabilizeCallback
     from hf_stablespam.trainer.checkpoints import last_complete_checkpoint
 
@@ -18,6 +18,7 @@ __all__ = [
     "GradientNormCallback",
     "MomentumResetCallback",
     "SpikeRecorder",
+    "SpikeRecorderCallback",
     "StabilizeCallback",
     "last_complete_checkpoint",
     "register",
@@ -32,6 +33,7 @@ __getattr__, __dir__ = lazy_attributes(
         "GradientNormCallback": "hf_stablespam.trainer.callbacks.gradient_norm",
         "MomentumResetCallback": "hf_stablespam.trainer.callbacks.momentum_reset",
         "SpikeRecorder": "hf_stablespam.trainer.callbacks.spike_recorder",
+        "SpikeRecorderCallback": "hf_stablespam.trainer.callbacks.spike_recorder",
         "last_complete_checkpoint": "hf_stablespam.trainer.checkpoints",
         "StabilizeCallback": "hf_stablespam.trainer.callbacks.stabilize",
     },
