@@ -7,10 +7,12 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit, export_gguf, restore_linear
 from hf_stablespam.quant.convert import CONFIG_KEY
@@ -54,7 +56,8 @@ def export_checkpoint(
 
     Raises:
         FileNotFoundError: the folder has no ``config.json``.
-        ValueError: the checkpoint has no note and no `config` was given, or the model is refused by what writes it.
+        ValueError: the checkpoint has no note and no `config` was given, is cut short or lacks weights, or the model is
+            refused by what writes it.
 
     Example:
         >>> export_checkpoint("runs/llama/checkpoint-500", "llama-4bit")  # doctest: +SKIP
@@ -93,12 +96,34 @@ def load_trained(checkpoint: str | os.PathLike[str], config: FourBitConfig | Non
             *(folder, config.weight),
         )
     config = config or noted_config(folder)
-    model = _model_class(written, folder).from_pretrained(folder, dtype=torch.float32)
+    model = _load_whole(_model_class(written, folder), folder)
     model = model.to(getattr(torch, written.get("dtype") or written.get("torch_dtype") or "float32"))
     tokenizer: Any = None
     if any((folder / name).exists() for name in TOKENIZER_FILES):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     return convert_to_4bit(restore_linear(model), config), tokenizer
+
+
+def _load_whole(model_class: Any, folder: Path) -> Any:
+    """The model of a checkpoint that has all of its weights.
+
+    Raises:
+        ValueError: a file is cut short, or a weight is missing: transformers would make it anew, and say so in passing.
+    """
+    try:
+        model, found = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    except (SafetensorError, EOFError, UnpicklingError) as error:
+        raise ValueError(
+            f"the weights in {folder} cannot be read: {error}; they are cut short or damaged: export an earlier"
+            " checkpoint (last_complete_checkpoint finds the newest that is whole)"
+        ) from error
+    if missing := sorted(found["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"{folder} lacks weights of {model_class.__name__}: {', '.join(missing[:3])}{more}; they would be random"
+            " numbers: export a checkpoint that has all of them"
+        )
+    return model
 
 
 def noted_config(checkpoint: str | os.PathLike[str]) -> FourBitConfig:
@@ -153,7 +178,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder} has no config.json; give a folder that the Trainer or save_pretrained wrote{missing}"
         )
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}; it is cut short: export an earlier checkpoint") from error
 
 
 def _model_class(written: dict[str, Any], folder: Path) -> Any:

@@ -108,7 +108,11 @@ def export_4bit(
         with atomic_folder(directory) as folder:
             _save(model, folder, tensors, _quantization_config(model, scheme, unpacked), dtype, rounds_experts)
             if four_bit_experts(model) and not rounds_experts:
-                rounds_experts = not pack_experts(folder, model, quantizer, scheme, dtype)
+                packed_experts = pack_experts(folder, model, quantizer, scheme, dtype)
+                rounds_experts = not packed_experts
+                if packed_experts is None:
+                    tensors.update(expert_tensors(model, dtype, rounded=True))
+                    _save(model, folder, tensors, _quantization_config(model, scheme, unpacked), dtype, True)
             if processing_class is not None:
                 processing_class.save_pretrained(folder)
         packed_count = len(layers) - len(unpacked)

@@ -61,10 +61,11 @@ def expert_tensors(model: nn.Module, dtype: torch.dtype, rounded: bool) -> dict[
     return tensors
 
 
-def pack_experts(folder: Path, model: nn.Module, quantizer: Quantizer, scheme: Any, dtype: torch.dtype) -> bool:
+def pack_experts(folder: Path, model: nn.Module, quantizer: Quantizer, scheme: Any, dtype: torch.dtype) -> bool | None:
     """Replace each expert's matrix in a written checkpoint by its packed form, and say whether there were any.
 
-    Where the family's checkpoints hold all experts in one tensor, the rounded numbers take its place.
+    Where the family's checkpoints hold all experts in one tensor, the rounded numbers take its place. None if what was
+    written is neither: it must be written again, under the model's own names.
     """
     rounded = expert_tensors(model, dtype, rounded=True)
     places: dict[str, str] = {}
@@ -86,10 +87,7 @@ def pack_experts(folder: Path, model: nn.Module, quantizer: Quantizer, scheme: A
     _rewrite_index(folder, places)
     expected = sum(block.num_experts * (3 if block.has_gate else 2) for block in four_bit_experts(model).values())
     if packed not in (0, expected) or (packed == 0 and rounded):  # rounded: what no tensor of the file has taken
-        raise RuntimeError(
-            f"{packed} of {expected} experts' matrices were found in what {type(model).__name__} wrote; this family's "
-            "checkpoints are not known: train with modules_to_not_convert=('lm_head', 'experts')"
-        )
+        return None
     return packed > 0
 
 

@@ -76,7 +76,8 @@ def _from_dict(options: dict[str, Any]) -> Any:
     return AutoQuantizationConfig.from_dict(options)
 
 
-def _convert_references(trainer: Any) -> None:
+def _patch_trainer(trainer: Any) -> None:
+    """What `FourBitCallback` does to the Trainer, for models that came in 4 bits."""
     from hf_stablespam.trainer.reference_model import convert_references
 
     convert_references()
@@ -107,7 +108,7 @@ def _quantizer_class() -> type[HfQuantizer]:
             from hf_stablespam.quant import convert_to_4bit
 
             convert_to_4bit(model, self.config)
-            after_import("transformers.trainer", _convert_references)
+            after_import("transformers.trainer", _patch_trainer)
             model.config.quantization_config = self.quantization_config
             # Nothing of the weights is quantized: whatever treats a quantized model in a special way (saving without
             # the state dict that it was given, refusing to train) must not see one.

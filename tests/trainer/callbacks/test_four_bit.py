@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit
@@ -142,6 +145,20 @@ class TestExport:
             export_checkpoint(folder / "4bit", tmp_path / "out")
         with pytest.raises(FileNotFoundError, match=r"has no config.json; give a folder that the Trainer"):
             export_checkpoint(tmp_path / "nowhere", tmp_path / "out")
+        shutil.copytree(folder / "checkpoint-3", tmp_path / "broken")
+        weights = tmp_path / "broken" / "model.safetensors"
+        tensors = load_file(weights)
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        save_file(tensors, weights, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"lacks weights of LlamaForCausalLM: model.layers.1.mlp.up_proj.weight;"):
+            export_checkpoint(tmp_path / "broken", tmp_path / "out")
+        os.truncate(weights, weights.stat().st_size // 2)
+        with pytest.raises(ValueError, match=r"broken cannot be read: .*cut short or damaged: export an earlier"):
+            export_checkpoint(tmp_path / "broken", tmp_path / "out")
+        (tmp_path / "broken" / "config.json").write_text("{")
+        with pytest.raises(ValueError, match=r"config.json cannot be read: .* it is cut short"):
+            export_checkpoint(tmp_path / "broken", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
         (tmp_path / "plain" / "adapter_config.json").write_text("{}")
         with pytest.raises(ValueError, match=r"holds a PEFT adapter, .* merge_and_unload\(\)"):
             export_checkpoint(tmp_path / "plain", tmp_path / "out")
