@@ -210,8 +210,8 @@ class FourBitConfig:
         """The best 4-bit weights that llama.cpp multiplies by: ``int4_signed`` in groups of 32, inputs left alone.
 
         That is the grid of ggml's Q4_0, so `export_gguf` writes it bit for bit, and even ``llama-quantize`` keeps it.
-        llama.cpp rounds inputs to 8 bits; to do the same in training brought its probabilities no closer to the
-        trained ones (``benchmarks/gguf_export.py``).
+        llama.cpp rounds inputs to 8 bits; to do the same in torch brought the two no closer on one text, and a little
+        on another (``benchmarks/gguf_export.py --kl``).
 
         Example:
             >>> FourBitConfig.gguf().weight
