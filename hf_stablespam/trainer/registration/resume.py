@@ -33,14 +33,16 @@ _REMEDY = "train the same parameters as the run that was saved, or begin a new r
 def note_names(optimizer: Any, model: "torch.nn.Module | None") -> None:
     """Leave the names of the parameters in the groups of one of our optimizers, and so in its checkpoints.
 
-    Not of sharded parameters: their checkpoints go by names already.
+    Not where parameters are sharded: their checkpoints go by names already.
     """
     inner = unwrap(optimizer)
     if not isinstance(inner, MeasuringOptimizer) or model is None:
         return
+    if any(is_sharded(param) for group in inner.param_groups for param in group["params"]):
+        return
     known = {id(param): name for name, param in model.named_parameters()}
     for group in inner.param_groups:
-        if all(id(param) in known and not is_sharded(param) for param in group["params"]):
+        if all(id(param) in known for param in group["params"]):
             group[_NAMES] = [known[id(param)] for param in group["params"]]
 
 
