@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_stablespam import FourBitConfig, convert_to_4bit
@@ -38,6 +40,10 @@ def test_arguments_of_from_pretrained(tmp_path):
     assert not loaded.training
 
 
+CHECKS_CONFIGS = Version(transformers.__version__) >= Version("5")
+
+
+@pytest.mark.skipif(not CHECKS_CONFIGS, reason="transformers 4 does not check the types of a config's fields")
 @pytest.mark.parametrize("read", [AutoModelForCausalLM, LlamaForCausalLM, AutoConfig], ids=lambda read: read.__name__)
 def test_plain_from_pretrained_stops_with_the_remedy(read, tmp_path):
     model = small()

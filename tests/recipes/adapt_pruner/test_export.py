@@ -57,8 +57,7 @@ def test_packed_checkpoints(layers, tmp_path):
     ids = torch.arange(24).view(2, 12) % VOCABULARY
     export_4bit(model, tmp_path)
     if layers is UNEQUAL:
-        with pytest.raises(Exception, match="load_pruned"):
-            type(model).from_pretrained(tmp_path)
+        assert "load_pruned" in (tmp_path / "config.json").read_text()
         loaded = load_pruned(tmp_path, dtype=torch.bfloat16)
     else:
         loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)

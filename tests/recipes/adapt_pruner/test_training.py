@@ -244,6 +244,7 @@ def on_two_processes(folder):
     torch.save(model.state_dict(), folder / f"{rank}.pt")
 
 
+@pytest.mark.slow
 def test_stages_on_two_processes(tmp_path):
     run_processes(2, on_two_processes, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
