@@ -1,4 +1,4 @@
-"""The Stable-SPAM optimizer: options, state, dispatch. The mathematics is in `formulas` and its neighbours."""
+"""The Stable-SPAM optimizer: options and state. A step is in `step`, the mathematics in `formulas` and `plan`."""
 
 from typing import Any
 
@@ -51,11 +51,11 @@ class StableSPAM(MeasuringOptimizer):
             Default ``None``: ``s = 1``. ``"auto"`` is for the Trainer, which puts the number in.
         decay_floor: the last value of ``s``, in [0, 1]. Default 0.5, the official code's.
         maximize: climb instead of descend. Default ``False``.
-        foreach: force (``True``) or forbid (``False``) the multi-tensor path. Default ``None``: choose.
-        fused: force or forbid the fused path. Default ``None``: choose what fits device, dtype and layout: fused on
-            the CPU (faster with numba, extra ``cpu``), foreach on CUDA, else one tensor after the other. On
+        foreach: force (``True``) or forbid (``False``) PyTorch's multi-tensor operations. Default ``None``: choose.
+        fused: force or forbid compiled kernels. Default ``None``: choose what fits device, dtype and layout. On the CPU
+            those are Numba's (extra ``cpu``; where they cannot run PyTorch's operations serve, with one warning); on
             CUDA ``True`` asks for the Triton kernels, which have only run in Triton's interpreter so far and are
-            therefore not chosen by themselves.
+            therefore not chosen by themselves. With both ``False`` one tensor is updated after the other.
         state_dtype: dtype of ``M`` and ``V``, such as ``torch.float32`` for bfloat16 parameters. Default ``None``: the
             parameter's, but float32 for float16, whose range is too small for ``V``. Trackers are in float32 whatever
             it is. For float64 parameters everything is in float64.

@@ -18,7 +18,9 @@ from hf_stablespam.optim.state.stochastic_rounding import store
 
 BUCKET = {"cpu": 1 << 18}  # entries of a bucket, by device type
 LARGE_BUCKET = 1 << 24  # on any other device
+ALONE = 1 << 15  # entries of a piece that is a bucket by itself
 TINY = 1e-15  # entries whose squares may leave the range of float32
+_ENDLESS = torch.tensor(1e30, device="cpu")
 ROW = 256  # entries of a row where a bucket holds several pieces
 
 
@@ -57,6 +59,12 @@ class Bucket:
             target = getattr(piece, name)
             if target.data_ptr() != part.data_ptr():
                 store(target, part, stochastic=stochastic)
+
+    def is_one(self, dtype: torch.dtype) -> bool:
+        """Whether this is a single piece, without gaps and of one dtype."""
+        return len(self.pieces) == 1 and all(
+            tensor.dtype == dtype and tensor.is_contiguous() for tensor in self.pieces[0][1:]
+        )
 
     def column(self, vector: Tensor) -> Tensor:
         """One number per tensor as one number per row."""
@@ -114,6 +122,8 @@ class TorchOps(Backend):
         for index, bucket in enumerate(self.buckets):
             by = bucket.columns(coefficients)
             grad = self._stabilized(index, bucket, by, plan.finite)
+            if grad.is_cpu and bucket.is_one(self.precise) and _fused(bucket.pieces[0], grad, by):
+                continue
             names = ("param", "exp_avg", "exp_avg_sq")
             weight, exp_avg, exp_avg_sq = (bucket.gather(name, self.precise) for name in names)
             adam_(weight, grad, exp_avg, exp_avg_sq, by)
@@ -158,6 +168,34 @@ class TorchOps(Backend):
         return scale * self._of_tensors(squares, "sum").sqrt()
 
 
+def _fused(piece: Piece, grad: Tensor, by: Coefficients) -> bool:
+    """`adam_` in one pass of PyTorch's fused AdamW, whose own bias corrections an endless step count switches off."""
+    keep, enter, keep_sq, enter_sq, size, decay, eps = (float(number) for number in by[3:])
+    if size == 0 or enter in (0, 1) or enter_sq in (0, 1):
+        return False
+    carry, carry_sq = keep / (1 - enter), keep_sq / (1 - enter_sq)
+    for moment, factor in ((piece.exp_avg, carry), (piece.exp_avg_sq, carry_sq)):
+        if abs(factor - 1) > 1e-5:  # after a reset, or moments adopted from AdamW
+            moment.mul_(factor)
+    torch._fused_adamw_(
+        [piece.param],
+        [grad.view(piece.param.shape)],
+        [piece.exp_avg],
+        [piece.exp_avg_sq],
+        [],
+        [_ENDLESS],
+        lr=size,
+        beta1=1 - enter,
+        beta2=1 - enter_sq,
+        weight_decay=(1 - decay) / size,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
+    torch.autograd.graph.increment_version(piece.param)  # which this operation does not
+    return True
+
+
 def _norms(matrix: Tensor, maxima: Tensor) -> Tensor:
     """The norm of each row; divided by its largest entry first, unless it is known that squares stay in range."""
     if matrix.is_cpu and bool(((maxima == 0) | ((maxima > TINY) & (maxima < 1 / TINY))).all()):
@@ -171,7 +209,8 @@ def _buckets(batch: Batch, limit: int) -> Iterator[Bucket]:
     waiting: list[Piece] = []
     filled = 0
     for piece in _pieces(batch, limit):
-        if waiting and filled + piece.grad.numel() > limit:
+        size = piece.grad.numel()
+        if waiting and (filled + size > limit or size > ALONE or filled > ALONE):
             yield Bucket(waiting)
             waiting, filled = [], 0
         waiting.append(piece)
