@@ -34,8 +34,8 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "stable_spam"])
-@pytest.mark.parametrize("step", [2, 4])  # in the middle of the frozen epoch, and after it
+# In the middle of the frozen epoch, and after it.
+@pytest.mark.parametrize(("step", "optim"), [(2, "adamw_torch"), (2, "stable_spam"), (4, "stable_spam")])
 def test_resuming_in_the_middle_of_a_task_equals_the_whole_run(step, optim, tmp_path):
     options = {"optim": optim, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2}
     lae = {"num_freeze_epochs": 1}
