@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -43,6 +44,11 @@ def _process(rank: int, world_size: int, port: int, function: Callable[..., None
         function(*arguments)
     finally:
         dist.destroy_process_group()
+    # The work is done, and has raised nothing. Without the interpreter's own end, where threads of libraries that are
+    # still at work (gloo's, wandb's) now and then abort the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def run_once(factory: pytest.TempPathFactory, name: str, function: Callable[[Path], None]) -> Path:

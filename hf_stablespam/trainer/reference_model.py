@@ -53,5 +53,7 @@ def convert_reference(trainer: Any) -> None:
     convert_to_4bit(trainer.accelerator.unwrap_model(reference), config)
 
 
-def _config_of(model: nn.Module) -> Any:
+def _config_of(model: nn.Module | None) -> Any:
+    if model is None:  # a Trainer with `model_init` before its training
+        return None
     return next((module.four_bit for module in model.modules() if isinstance(module, FourBitLinear)), None)

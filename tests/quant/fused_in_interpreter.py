@@ -38,6 +38,8 @@ def main() -> None:
     torch.manual_seed(0)
     count = 0
     for quantizer, x in itertools.product(quantizers(), inputs()):
+        if not fused.covers(x, quantizer):
+            continue
         amax = x.nan_to_num(0, 0, 0).abs().amax()
         expected = quantize(x, quantizer, amax).dequantize().to(x.dtype)
         got = fused.fake_quantize(x, quantizer, amax)

@@ -89,7 +89,7 @@ def build_preference_dataset(
         >>> rows = [{"prompt": p, "response": y, "reward": r, "source": "A"} for p, y, r in answers]
         >>> data = build_preference_dataset(rows)
         >>> data["sft"]["completion"][:], data["dpo"]["chosen"][:], data["dpo"]["rejected"][:]
-        (['y2'], ['x2', 'z2'], ['x1', 'z1'])
+        (['x2'], ['y2', 'z2'], ['y1', 'z1'])
     """
     _check_options(min_gap, max_gap, sft_fraction, pairs_per_prompt, same_source, seed, correct_key)
     read = read_responses(

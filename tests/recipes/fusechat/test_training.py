@@ -80,12 +80,15 @@ def test_a_reference_of_another_precision_is_refused(tmp_path):
 
     _, dpo_args = settings(tmp_path)
     policy = convert_to_4bit(target(hidden_size=32, intermediate_size=32), FOUR_BIT)
-    reference = target(hidden_size=32, intermediate_size=32)
+    # Of another 4-bit format: one in high precision may be converted while it is looked at, as FourBitCallback asks.
+    other = FourBitConfig(weight="mxfp4", activation="mxfp4")
+    reference = convert_to_4bit(target(hidden_size=32, intermediate_size=32), other)
     rows = {"train_dataset": preferences()["dpo"], "processing_class": tokenizer()}
     trainer = trl.DPOTrainer(policy, reference, dpo_args, **rows)
     with pytest.raises(ValueError, match=r"must be ln 2 = 0.6931, got .*convert both to 4 bits"):
         check_reference(trainer)
-    check_reference(trl.DPOTrainer(policy, convert_to_4bit(reference, FOUR_BIT), dpo_args, **rows))
+    reference = convert_to_4bit(target(hidden_size=32, intermediate_size=32), FOUR_BIT)
+    check_reference(trl.DPOTrainer(policy, reference, dpo_args, **rows))
 
 
 def test_chat_messages_and_log_probabilities_of_the_reference_made_beforehand(tmp_path):

@@ -29,6 +29,7 @@ class Restart:
             it cannot be tried.
 
     Example:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.ones(2))
         >>> optimizer = torch.optim.Adam([weight])
         >>> restart = Restart(optimizer)
