@@ -2,6 +2,7 @@
 
 import json
 import struct
+import uuid
 
 import pytest
 
@@ -92,8 +93,10 @@ def test_trackio(tmp_path, monkeypatch):
     pytest.importorskip("trackio", reason="trackio is not installed: pip install trackio")
     from trackio.sqlite_storage import SQLiteStorage
 
-    rows = training_logs(train(tmp_path / "out", "trackio", project="spikes", run_name="tiny"))
-    read = SQLiteStorage.get_logs("spikes", "tiny")
+    # Of its own: where another test has imported trackio before, runs of earlier days lie in the folder that it reads.
+    project = f"spikes-{uuid.uuid4().hex}"
+    rows = training_logs(train(tmp_path / "out", "trackio", project=project, run_name="tiny"))
+    read = SQLiteStorage.get_logs(project, "tiny")
     for name in NAMES:
         key = f"train/gradients/{name}"
         assert [(row["train/global_step"], row[key]) for row in read if key in row] == expected(rows, name)
