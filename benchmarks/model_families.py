@@ -31,7 +31,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 
 from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, export_4bit, restore_linear
-from hf_stablespam.quant.experts import FourBitExperts
+from hf_stablespam.quant.layers.experts import FourBitExperts
 
 CSV = Path(__file__).parent / "results" / "model_families.csv"
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"

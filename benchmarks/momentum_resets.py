@@ -28,7 +28,7 @@ from transformers.training_args import OptimizerNames
 
 import hf_stablespam  # noqa: F401 (registers its own names)
 from benchmarks._record import RESULTS, append_rows
-from hf_stablespam.trainer.callbacks.helpers.restart import Restart
+from hf_stablespam.trainer.callbacks.helpers.moment_resets.restart import Restart
 
 STEPS, AFTER, WIDTH, BATCH = 200, 10, 64, 32
 OURS = ("spam", "stable_spam")

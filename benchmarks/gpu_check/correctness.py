@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from benchmarks.gpu_check.common import DEVICE, Check, by_triton, synchronize
 from hf_stablespam.optim import StableSPAM
 from hf_stablespam.quant import FourBitConfig, FourBitLinear
-from hf_stablespam.quant.formats import FORMATS
-from hf_stablespam.quant.quantizer import quantize
+from hf_stablespam.quant.formats.number_formats import FORMATS
+from hf_stablespam.quant.formats.quantizer import quantize
 
 ROOT = Path(__file__).parents[2]
 # Against the reference loop in the same dtype after some steps with lr 1e-2.
@@ -37,7 +37,7 @@ def check_tests(check: Check) -> None:
     """The tests that take the kernels of the step, and those that are skipped for want of a GPU."""
     files = ["tests/optim/triton_cases.py"]
     if DEVICE == "cuda":
-        files += ["tests/quant/test_fused.py", "tests/quant/test_experts.py"]
+        files += ["tests/quant/formats/test_fused.py", "tests/quant/layers/test_experts.py"]
     wanted = ["-k", "bad or extremes"] if check.rehearsal else []
     for file in files:
         with check.trying(check=f"pytest {file}") as found:
@@ -52,7 +52,7 @@ def check_tests(check: Check) -> None:
 def check_fake_quantizer(check: Check) -> None:
     """Each format, rounding of scales, width and dtype: bit for bit the readable quantizer."""
     from hf_stablespam.quant import fused
-    from tests.quant.fused_in_interpreter import inputs, quantizers
+    from tests.quant.formats.fused_in_interpreter import inputs, quantizers
 
     with check.trying(check="fake quantizer, every format and dtype") as found:
         torch.manual_seed(0)

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 
 from hf_stablespam._names import nearest
-from hf_stablespam.quant.formats import Format, ScaleKind, get_format
-from hf_stablespam.quant.quantizer import Quantizer
+from hf_stablespam.quant.formats.number_formats import Format, ScaleKind, get_format
+from hf_stablespam.quant.formats.quantizer import Quantizer
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "gradient_rounding": ("stochastic", "nearest"),

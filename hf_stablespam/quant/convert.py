@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 from torch import nn
 
 from hf_stablespam._announce import announce
-from hf_stablespam.quant.adapters import adopt_adapters, release_adapters
 from hf_stablespam.quant.config import FourBitConfig
-from hf_stablespam.quant.experts import FourBitExperts, is_experts
-from hf_stablespam.quant.formats import ScaleKind
+from hf_stablespam.quant.formats.number_formats import ScaleKind
 from hf_stablespam.quant.high_precision import high_precision_layers
-from hf_stablespam.quant.linear import FourBitLinear, check_weight
+from hf_stablespam.quant.layers.adapters import adopt_adapters, release_adapters
+from hf_stablespam.quant.layers.experts import FourBitExperts, is_experts
+from hf_stablespam.quant.layers.linear import FourBitLinear, check_weight
 from hf_stablespam.quant.parameter_counts import in_words
 from hf_stablespam.quant.target_layers import ADAPTER_CONTAINERS, target_layers, with_group_size
 

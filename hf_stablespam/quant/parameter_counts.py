@@ -4,8 +4,8 @@ from collections import Counter
 
 from torch import nn
 
-from hf_stablespam.quant.experts import FourBitExperts, weight_names
-from hf_stablespam.quant.linear import FourBitLinear
+from hf_stablespam.quant.layers.experts import FourBitExperts, weight_names
+from hf_stablespam.quant.layers.linear import FourBitLinear
 
 
 def parameter_counts(model: nn.Module) -> tuple[Counter[str], Counter[str]]:

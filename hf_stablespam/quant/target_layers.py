@@ -9,9 +9,9 @@ from dataclasses import replace
 from torch import nn
 
 from hf_stablespam.quant.config import FourBitConfig
-from hf_stablespam.quant.experts import is_experts, weight_names
 from hf_stablespam.quant.high_precision import high_precision_layers
-from hf_stablespam.quant.linear import FourBitLinear
+from hf_stablespam.quant.layers.experts import is_experts, weight_names
+from hf_stablespam.quant.layers.linear import FourBitLinear
 
 # Groups that `group_size="auto"` tries; all of them can be packed, and fast kernels know them.
 AUTO_GROUPS = (128, 64, 32)

@@ -13,7 +13,7 @@ import transformers as tf
 from torch import nn
 
 from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, export_4bit, restore_linear
-from hf_stablespam.quant.matmul import Recipe, quantize_weight
+from hf_stablespam.quant.layers.matmul import Recipe, quantize_weight
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = torch.randint(0, 60, (2, 12), generator=torch.Generator().manual_seed(0))

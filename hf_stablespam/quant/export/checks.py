@@ -14,8 +14,8 @@ from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.export.experts import four_bit_experts, stays_unpacked
 from hf_stablespam.quant.export.initialization import warn_of_initialization
 from hf_stablespam.quant.export.packing import KERNEL_GROUPS, fitting_groups
-from hf_stablespam.quant.formats import FORMATS, ScaleKind, get_format
-from hf_stablespam.quant.linear import FourBitLinear
+from hf_stablespam.quant.formats.number_formats import FORMATS, ScaleKind, get_format
+from hf_stablespam.quant.layers.linear import FourBitLinear
 
 logger = logging.getLogger(__name__)
 

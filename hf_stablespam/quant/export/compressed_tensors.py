@@ -33,8 +33,8 @@ from hf_stablespam.quant.export.experts import (
 from hf_stablespam.quant.export.packing import compressed_tensors_scheme, pack_weight
 from hf_stablespam.quant.export.state import whole_state_dict
 from hf_stablespam.quant.export.widths import write_widths
-from hf_stablespam.quant.linear import FourBitLinear
-from hf_stablespam.quant.scales import tensor_scale
+from hf_stablespam.quant.formats.scales import tensor_scale
+from hf_stablespam.quant.layers.linear import FourBitLinear
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_stablespam.quant.formats import ScaleKind
-from hf_stablespam.quant.quantizer import Quantizer, quantize
+from hf_stablespam.quant.formats.number_formats import ScaleKind
+from hf_stablespam.quant.formats.quantizer import Quantizer, quantize
 
 # Group sizes that vLLM's fast INT4 kernels know, besides whole rows.
 KERNEL_GROUPS = (32, 64, 128)

@@ -13,8 +13,8 @@ from hf_stablespam._atomic import atomic_folder
 from hf_stablespam._sharded import full
 from hf_stablespam.quant.export.checks import check_finite, four_bit_layers
 from hf_stablespam.quant.export.state import whole_state_dict
-from hf_stablespam.quant.linear import FourBitLinear
-from hf_stablespam.quant.quantizer import quantize
+from hf_stablespam.quant.formats.quantizer import quantize
+from hf_stablespam.quant.layers.linear import FourBitLinear
 
 
 def grid_weight(layer: FourBitLinear) -> Tensor:

@@ -11,16 +11,16 @@ from hf_stablespam.monitor.figures import By, Parts, sqnr_db
 from hf_stablespam.monitor.spikes import SPIKE_SCORES, EntryScores, TensorScores
 from hf_stablespam.monitor.window import Window
 from hf_stablespam.trainer.callbacks.helpers import accelerator_watch
-from hf_stablespam.trainer.callbacks.helpers.expert_load import ExpertLoad
-from hf_stablespam.trainer.callbacks.helpers.kept_state import KeepsState
-from hf_stablespam.trainer.callbacks.helpers.quantization_error import squared_errors
-from hf_stablespam.trainer.callbacks.helpers.reporting import (
+from hf_stablespam.trainer.callbacks.helpers.figures.expert_load import ExpertLoad
+from hf_stablespam.trainer.callbacks.helpers.figures.quantization_error import squared_errors
+from hf_stablespam.trainer.callbacks.helpers.figures.reporting import (
     ReportsFigures,
     add_to_logs,
     is_training_log,
     report_before_others,
 )
-from hf_stablespam.trainer.callbacks.helpers.step_figures import Watched, gradient_figures
+from hf_stablespam.trainer.callbacks.helpers.figures.step_figures import Watched, gradient_figures
+from hf_stablespam.trainer.callbacks.helpers.kept_state import KeepsState
 from hf_stablespam.trainer.callbacks.helpers.unseen_updates import refuse_unseen_updates
 from hf_stablespam.trainer.registration.flat_shards import refuse_flat_shards
 

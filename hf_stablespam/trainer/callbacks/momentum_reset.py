@@ -9,19 +9,19 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_stablespam.trainer.callbacks.helpers import accelerator_watch
-from hf_stablespam.trainer.callbacks.helpers.kept_state import KeepsState
-from hf_stablespam.trainer.callbacks.helpers.reporting import (
+from hf_stablespam.trainer.callbacks.helpers.figures.reporting import (
     ReportsFigures,
     add_to_logs,
     is_training_log,
     report_before_others,
 )
-from hf_stablespam.trainer.callbacks.helpers.restart import Restart, restart_of
-from hf_stablespam.trainer.callbacks.helpers.step_figures import raw_gradient_norm
+from hf_stablespam.trainer.callbacks.helpers.figures.step_figures import raw_gradient_norm
+from hf_stablespam.trainer.callbacks.helpers.kept_state import KeepsState
+from hf_stablespam.trainer.callbacks.helpers.moment_resets.restart import Restart, restart_of
 from hf_stablespam.trainer.callbacks.helpers.unseen_updates import refuse_unseen_updates
 from hf_stablespam.trainer.callbacks.helpers.unwrapping import unwrap
 from hf_stablespam.trainer.registration.flat_shards import refuse_flat_shards
-from hf_stablespam.trainer.registration.optim_args import SPAM, STABLE_SPAM, parse_optim_args
+from hf_stablespam.trainer.registration.options.optim_args import SPAM, STABLE_SPAM, parse_optim_args
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_stablespam.monitor.spike_file import FILE_NAME, SpikeFile
 from hf_stablespam.monitor.spikes import SPIKE_SCORES
 from hf_stablespam.trainer.callbacks.helpers import accelerator_watch
+from hf_stablespam.trainer.callbacks.helpers.figures.reporting import is_training_log
+from hf_stablespam.trainer.callbacks.helpers.figures.step_figures import Watched
 from hf_stablespam.trainer.callbacks.helpers.kept_state import KeepsState
-from hf_stablespam.trainer.callbacks.helpers.reporting import is_training_log
 from hf_stablespam.trainer.callbacks.helpers.spiked_steps import SpikedSteps, StepInputs
-from hf_stablespam.trainer.callbacks.helpers.step_figures import Watched
 from hf_stablespam.trainer.callbacks.helpers.unseen_updates import refuse_unseen_updates
 from hf_stablespam.trainer.registration.flat_shards import refuse_flat_shards
 

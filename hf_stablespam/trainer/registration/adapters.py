@@ -17,7 +17,7 @@ def teach_lora(layer: ModuleType) -> None:
 def _adopting(initialise: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         initialise(self, *args, **kwargs)
-        from hf_stablespam.quant.adapters import adopt_adapter
+        from hf_stablespam.quant.layers.adapters import adopt_adapter
 
         adopt_adapter(self)
 

@@ -5,17 +5,17 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hf_stablespam.trainer.patching import patch
-from hf_stablespam.trainer.registration.check_arguments import check_arguments
 from hf_stablespam.trainer.registration.converted_weights import load_the_rest
 from hf_stablespam.trainer.registration.flat_shards import refuse_flat_shards
-from hf_stablespam.trainer.registration.galore_groups import (
+from hf_stablespam.trainer.registration.options.check_arguments import check_arguments
+from hf_stablespam.trainer.registration.options.galore_groups import (
     PROJECTION_OPTIONS,
     check_layerwise,
     parameter_groups,
     say_what_the_gap_means,
 )
-from hf_stablespam.trainer.registration.optim_args import SPAM as SPAM_NAME
-from hf_stablespam.trainer.registration.optim_args import parse_optim_args
+from hf_stablespam.trainer.registration.options.optim_args import SPAM as SPAM_NAME
+from hf_stablespam.trainer.registration.options.optim_args import parse_optim_args
 from hf_stablespam.trainer.registration.run_length import AUTO, resolve_decay_steps
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from hf_stablespam.quant import (
     restore_linear,
 )
 from hf_stablespam.quant.export.packing import fitting_groups
-from hf_stablespam.quant.scales import tensor_scale
+from hf_stablespam.quant.formats.scales import tensor_scale
 
 BEFORE_5 = int(transformers.__version__.split(".")[0]) < 5
 NVFP4_BEFORE_5 = "transformers 4 rounds NVFP4's float32 global scale to bfloat16 while loading: near, not exact"

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_stablespam import FourBitConfig, convert_to_4bit, export_4bit, export_gguf
-from tests.quant.test_experts import FAMILIES, TOKENS, experts_of, mixture
+from tests.quant.layers.test_experts import FAMILIES, TOKENS, experts_of, mixture
 
 pytest.importorskip("compressed_tensors", reason="export needs it; install the extra 'export'")
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig

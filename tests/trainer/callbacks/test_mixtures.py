@@ -7,7 +7,7 @@ from hf_stablespam import FourBitCallback, FourBitConfig, GradientNormCallback
 from tests.trainer.helpers import tiny_trainer, training_logs
 
 pytest.importorskip("transformers", minversion="5.0", reason="before transformers 5 experts are lists of nn.Linear")
-from tests.quant.test_experts import experts_of, mixture
+from tests.quant.layers.test_experts import experts_of, mixture
 
 FORMATS = {"int4": FourBitConfig(group_size=32), "mxfp4": FourBitConfig(weight="mxfp4", activation="mxfp4")}
 

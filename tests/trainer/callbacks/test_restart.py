@@ -9,7 +9,7 @@ from torch.optim import Adafactor as TorchAdafactor
 
 from benchmarks import momentum_resets
 from hf_stablespam import MomentumResetCallback, StableSPAM, stabilize
-from hf_stablespam.trainer.callbacks.helpers.restart import Restart
+from hf_stablespam.trainer.callbacks.helpers.moment_resets.restart import Restart
 from tests.trainer.helpers import tiny_llama, tiny_trainer
 
 KINDS = {

@@ -8,8 +8,8 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_stablespam import SPAM, GradientNormCallback, MomentumResetCallback
-from hf_stablespam.trainer.registration.optim_args import SPAM as NAME
-from hf_stablespam.trainer.registration.optim_args import option_table, parse_optim_args
+from hf_stablespam.trainer.registration.options.optim_args import SPAM as NAME
+from hf_stablespam.trainer.registration.options.optim_args import option_table, parse_optim_args
 from tests.trainer.helpers import optimizer_of, tiny_trainer, training_logs
 
 OPTIM_ARGS = "density=0.5, reset_interval=4, clip_delay=1, threshold=20, warmup_steps=2"

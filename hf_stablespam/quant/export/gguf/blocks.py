@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_stablespam.quant.quantizer import Quantized
-from hf_stablespam.quant.scales import E4M3
+from hf_stablespam.quant.formats.quantizer import Quantized
+from hf_stablespam.quant.formats.scales import E4M3
 
 # Name of the format → ggml's type.
 TYPES = {

@@ -13,8 +13,8 @@ from hf_stablespam.quant.export.checks import four_bit_layers
 from hf_stablespam.quant.export.gguf.architectures import architecture_of
 from hf_stablespam.quant.export.gguf.blocks import BLOCK_SIZE, TYPES
 from hf_stablespam.quant.export.gguf.tokenizer import read_vocabulary
-from hf_stablespam.quant.formats import ScaleKind, get_format
-from hf_stablespam.quant.linear import FourBitLinear
+from hf_stablespam.quant.formats.number_formats import ScaleKind, get_format
+from hf_stablespam.quant.layers.linear import FourBitLinear
 
 EMBEDDING_TYPES = ("q8_0", "f16", "f32")
 

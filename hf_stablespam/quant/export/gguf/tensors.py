@@ -16,10 +16,10 @@ from hf_stablespam.quant.export.gguf.architectures import Architecture, interlea
 from hf_stablespam.quant.export.gguf.blocks import TYPES, nvfp4_scales, pack
 from hf_stablespam.quant.export.gguf.writer import TensorPlan, to_numpy
 from hf_stablespam.quant.export.widths import head_width
-from hf_stablespam.quant.linear import FourBitLinear
-from hf_stablespam.quant.matmul import quantize_weight
-from hf_stablespam.quant.quantizer import quantize
-from hf_stablespam.quant.scales import tensor_scale
+from hf_stablespam.quant.formats.quantizer import quantize
+from hf_stablespam.quant.formats.scales import tensor_scale
+from hf_stablespam.quant.layers.linear import FourBitLinear
+from hf_stablespam.quant.layers.matmul import quantize_weight
 
 
 def tensor_plans(model: Any, architecture: Architecture, embedding: str = "q8_0") -> list[TensorPlan]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_stablespam.trainer.callbacks.helpers.restart import reset_moments
+from hf_stablespam.trainer.callbacks.helpers.moment_resets.restart import reset_moments
 from hf_stablespam.trainer.callbacks.helpers.unwrapping import unwrap
 
 KEEP, RESET = "keep", "reset"

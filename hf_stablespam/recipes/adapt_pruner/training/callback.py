@@ -19,14 +19,14 @@ from hf_stablespam.recipes.adapt_pruner.plan import PruningReport
 from hf_stablespam.recipes.adapt_pruner.prune import adapt_prune
 from hf_stablespam.recipes.adapt_pruner.training.shares import split_data, stage_targets
 from hf_stablespam.recipes.adapt_pruner.training.train_batches import TrainBatches
-from hf_stablespam.trainer.callbacks.helpers.kept_state import KeepsState
-from hf_stablespam.trainer.callbacks.helpers.reporting import (
+from hf_stablespam.trainer.callbacks.helpers.figures.reporting import (
     ReportsFigures,
     add_to_logs,
     is_training_log,
     report_before_others,
 )
-from hf_stablespam.trainer.callbacks.helpers.restart import learn_to_reset
+from hf_stablespam.trainer.callbacks.helpers.kept_state import KeepsState
+from hf_stablespam.trainer.callbacks.helpers.moment_resets.restart import learn_to_reset
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from hf_stablespam.monitor.spike_file import Spike
 from hf_stablespam.monitor.spikes import TensorScores
 from hf_stablespam.trainer.callbacks.helpers import accelerator_watch
 from hf_stablespam.trainer.callbacks.helpers.data_indices import DataIndices
-from hf_stablespam.trainer.callbacks.helpers.step_figures import Watched, gradient_figures
+from hf_stablespam.trainer.callbacks.helpers.figures.step_figures import Watched, gradient_figures
 from hf_stablespam.trainer.callbacks.helpers.unwrapping import unwrap
 
 TENSORS_PER_STEP = 8  # recorded at most, those with the highest scores

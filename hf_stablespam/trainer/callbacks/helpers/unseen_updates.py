@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 from hf_stablespam.optim import LayerwiseStableSPAM
 from hf_stablespam.trainer.callbacks.helpers.unwrapping import unwrap
 from hf_stablespam.trainer.registration.flat_shards import runs_deepspeed
-from hf_stablespam.trainer.registration.optim_args import parse_optim_args
+from hf_stablespam.trainer.registration.options.optim_args import parse_optim_args
 
 _IN_BACKWARD = ("lomo", "adalomo")
 

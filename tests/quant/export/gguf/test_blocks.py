@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType, quants
 from hf_stablespam.quant import FourBitConfig
 from hf_stablespam.quant.export.gguf.blocks import TYPES, nvfp4_scales, pack, pack_q4_0
 from hf_stablespam.quant.export.gguf.grid import recover_mxfp4, recover_q4_0
-from hf_stablespam.quant.quantizer import quantize
+from hf_stablespam.quant.formats.quantizer import quantize
 
 
 def read(packed: torch.Tensor, ggml_type: str) -> torch.Tensor:

@@ -1,0 +1,304 @@
+"""Mixtures of experts in 4 bits: transformers' implementations with rounded operands, against explicit products."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from hf_stablespam import FourBitConfig, convert_to_4bit, restore_linear
+from hf_stablespam.quant.layers.experts import FourBitExperts, is_experts, weight_names
+from hf_stablespam.quant.layers.linear import fixed_weights
+from hf_stablespam.quant.parameter_counts import parameter_counts
+
+pytest.importorskip("transformers", minversion="5.0", reason="before transformers 5 experts are lists of nn.Linear")
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16}
+SHAPE |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "num_experts_per_tok": 2, "pad_token_id": 0}
+FAMILIES = {
+    "qwen3_moe": {"num_experts": 4, "intermediate_size": 64, "moe_intermediate_size": 32},
+    "mixtral": {"num_local_experts": 4, "intermediate_size": 32},
+    "gpt_oss": {"num_local_experts": 4, "intermediate_size": 32, "layer_types": ["full_attention"]},
+}
+FORMATS = {
+    "int4 weights": FourBitConfig(activation=None, group_size=32),
+    "int4": FourBitConfig(group_size=32),
+    "mxfp4": FourBitConfig(weight="mxfp4", activation="mxfp4"),
+    "nvfp4": FourBitConfig.nvfp4(),
+    "nvfp4 with gradients": FourBitConfig.nvfp4(gradient=True),
+}
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+TOKENS = torch.arange(24).view(2, 12) % 7  # few kinds of tokens: an expert or two get none
+
+
+def mixture(family: str = "qwen3_moe", implementation: str = "grouped_mm") -> nn.Module:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SHAPE, **FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config)
+    model.set_experts_implementation(implementation)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "proj" in name:  # large enough for outputs to be told apart
+                parameter.normal_(std=0.3)
+    return model
+
+
+def experts_of(model: nn.Module) -> nn.Module:
+    (found,) = [module for module in model.modules() if is_experts(module)]
+    return found
+
+
+class Rounding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, rounded):
+        return rounded.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def reference(experts: nn.Module, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, config: FourBitConfig):
+    """Token by token, expert by expert, with rounded operands and the gradient straight through; no gradient format."""
+
+    def rounded(tensor: torch.Tensor, operand: str, *amax: torch.Tensor) -> torch.Tensor:
+        quantizer = config.quantizer(operand)
+        return tensor if quantizer is None else Rounding.apply(tensor, quantizer(tensor.detach(), *amax))
+
+    matrices = {}
+    for name in weight_names(experts):
+        master = getattr(experts, name)
+        rows = master.transpose(1, 2) if experts.is_transposed else master
+        matrices[name] = [rounded(rows[e], "weight") for e in range(experts.num_experts)]
+    biases = {name: getattr(experts, f"{name}_bias", None) for name in matrices}
+    x = rounded(x, "activation")
+    first, second = matrices
+    pairs = [(token, place) for token in range(len(x)) for place in range(index.shape[1])]
+    gated = []
+    for token, place in pairs:
+        e = int(index[token, place])
+        up = matrices[first][e] @ x[token] + (0 if biases[first] is None else biases[first][e])
+        gated.append(experts._apply_gate(up))
+    gated = rounded(torch.stack(gated), "activation")
+    y = [torch.zeros_like(row) for row in x]
+    for (token, place), row in zip(pairs, gated, strict=True):
+        e = int(index[token, place])
+        down = matrices[second][e] @ row + (0 if biases[second] is None else biases[second][e])
+        y[token] = y[token] + down * weights[token, place]
+    return torch.stack(y)
+
+
+def routed(experts: nn.Module, tokens: int = 10) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inputs of which expert 3 gets no token."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(tokens, 32, generator=generator)
+    index = torch.stack([torch.randperm(3, generator=generator)[:2] for _ in range(tokens)])
+    return x.requires_grad_(), index, torch.rand(tokens, 2, generator=generator)
+
+
+def gradients(experts: nn.Module, y: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
+    leaves = [x, *(getattr(experts, name) for name in weight_names(experts))]
+    return list(torch.autograd.grad(y.square().sum(), leaves))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", [name for name in FORMATS if "gradients" not in name])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_and_gradients_are_those_of_rounded_operands(family: str, name: str, implementation: str) -> None:
+    config = FORMATS[name]
+    model = mixture(family, implementation)
+    experts = experts_of(model)
+    x, index, weights = routed(experts)
+    expected = reference(experts, x, index, weights, config)
+    expected_gradients = gradients(experts, expected, x)
+    convert_to_4bit(model, config)
+    y = experts(x, index, weights)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(gradients(experts, y, x), expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert gradients(experts, experts(x, index, weights), x)[1][3].count_nonzero() == 0  # it got no token
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rounded_gradients_are_those_of_a_linear_layer(family: str) -> None:
+    """All tokens to one expert: two `FourBitLinear`s around the gate give the same, but for the bias."""
+    config = FourBitConfig(weight="mxfp4", activation="mxfp4", gradient="mxfp4", gradient_rounding="nearest")
+    model = mixture(family)
+    experts = experts_of(model)
+    masters = [getattr(experts, name).detach()[1] for name in weight_names(experts)]
+    layers = []
+    for name, master in zip(weight_names(experts), masters, strict=True):
+        matrix = master.t() if experts.is_transposed else master
+        layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=experts.has_bias)
+        layer.weight.data.copy_(matrix)
+        if experts.has_bias:
+            layer.bias.data.copy_(getattr(experts, f"{name}_bias")[1])
+        layers.append(convert_to_4bit(layer, config))
+    convert_to_4bit(model, config)
+    x = torch.randn(9, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    y = experts(x, torch.ones(9, 1, dtype=torch.long), torch.ones(9, 1))
+    expected = layers[1](experts._apply_gate(layers[0](x)))
+    torch.testing.assert_close(y, expected)
+    ours, first, second = gradients(experts, y, x)
+    theirs = torch.autograd.grad(expected.square().sum(), [x, layers[0].weight, layers[1].weight])
+    for one, other in zip((ours, first[1], second[1]), theirs, strict=True):
+        turned = one.t() if experts.is_transposed and one is not ours else one
+        torch.testing.assert_close(turned, other)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_model_trains_and_is_restored(name: str) -> None:
+    model = mixture()
+    keys, ids = list(model.state_dict()), [id(parameter) for parameter in model.parameters()]
+    original = type(experts_of(model))
+    convert_to_4bit(model, FORMATS[name])
+    experts = experts_of(model)
+    assert isinstance(experts, FourBitExperts)
+    assert isinstance(experts, original)
+    assert (list(model.state_dict()), [id(parameter) for parameter in model.parameters()]) == (keys, ids)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = model(TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+    restore_linear(model)
+    assert type(experts_of(model)) is original
+    assert not [name for name in vars(experts_of(model)) if name in ("four_bit", "recipe", "_kept", "_fixed")]
+
+
+def test_routers_stay_and_experts_can_be_excluded() -> None:
+    model = convert_to_4bit(mixture(), FourBitConfig(group_size=32, modules_to_not_convert=("lm_head", "experts")))
+    assert not isinstance(experts_of(model), FourBitExperts)
+    inside, _ = parameter_counts(model)
+    assert set(inside) == {"Linear"}
+    model = convert_to_4bit(mixture(), FourBitConfig(group_size=32))
+    inside, outside = parameter_counts(model)
+    assert inside == {"Qwen3MoeExperts": 4 * 3 * 32 * 32, "Linear": 4 * 32 * 32}
+    assert outside["Qwen3MoeTopKRouter"] == 4 * 32
+    assert sum(inside.values()) + sum(outside.values()) == model.num_parameters()
+
+
+def test_copies_pickles_and_checkpoints(tmp_path) -> None:
+    model = convert_to_4bit(mixture(), FourBitConfig(group_size=32)).eval()
+    logits = model(TOKENS).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(experts_of(other)) is type(experts_of(model))
+        assert torch.equal(other(TOKENS).logits, logits)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    again.set_experts_implementation("grouped_mm")
+    assert not isinstance(experts_of(again), FourBitExperts)
+    assert torch.equal(convert_to_4bit(again, FourBitConfig(group_size=32))(TOKENS).logits, logits)
+
+
+def test_a_weight_that_changes_is_seen_and_fixed_weights_are_rounded_once() -> None:
+    model = convert_to_4bit(mixture(), FourBitConfig(group_size=32)).eval()
+    experts = experts_of(model)
+    before = model(TOKENS).logits
+    with torch.no_grad(), fixed_weights(model):
+        assert torch.equal(model(TOKENS).logits, before)
+        kept = {name: rounded.data_ptr() for (name, _), (_, rounded) in experts._kept.items()}
+        assert set(kept) == {"gate_up_proj", "down_proj"}
+        model(TOKENS)
+        assert {name: rounded.data_ptr() for (name, _), (_, rounded) in experts._kept.items()} == kept
+    assert not experts._kept
+    experts.down_proj.data.mul_(2)
+    assert not torch.equal(model(TOKENS).logits, before)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_checkpointing_autocast_and_nothing_kept_give_the_same(implementation: str) -> None:
+    results = []
+    for cache_weights, checkpointing in ((True, False), (False, False), (True, True)):
+        model = mixture(implementation=implementation)
+        convert_to_4bit(model, FourBitConfig(group_size=32, cache_weights=cache_weights)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(TOKENS, labels=TOKENS).loss
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in experts_of(model).parameters())])
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("cache_weights", [True, False])
+def test_what_is_saved_for_the_backward_pass(cache_weights: bool) -> None:
+    """A rounded copy of the weights, or nothing of their size."""
+    model = convert_to_4bit(mixture(), FourBitConfig(group_size=32, activation=None, cache_weights=cache_weights))
+    experts, saved = experts_of(model), set()
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor):
+        if tensor.numel() >= experts.down_proj.numel() and tensor.untyped_storage().data_ptr() not in known:
+            saved.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    x, index, weights = routed(experts, tokens=2)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        experts(x, index, weights)
+    assert len(saved) == (2 if cache_weights else 0)
+
+
+def test_compiled_without_a_graph_break() -> None:
+    model = convert_to_4bit(mixture(), FourBitConfig(group_size=32))
+    expected = model(TOKENS, labels=TOKENS)
+    expected.loss.backward()
+    gradient = experts_of(model).down_proj.grad.clone()
+    model.zero_grad()
+    experts = experts_of(model)
+    x, index, weights = routed(experts)
+    compiled = torch.compile(experts, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, index, weights), experts(x, index, weights))
+    loss = torch.compile(model, backend="aot_eager")(TOKENS, labels=TOKENS).loss
+    loss.backward()
+    torch.testing.assert_close(experts_of(model).down_proj.grad, gradient)
+
+
+def test_an_implementation_that_would_leave_activations_unrounded_is_refused() -> None:
+    model = mixture()
+    model.config._experts_implementation = "sonicmoe"
+    experts = experts_of(convert_to_4bit(model, FourBitConfig(group_size=32)))
+    experts.config._experts_implementation = "sonicmoe"
+    with pytest.raises(ValueError, match=r"'eager', 'batched_mm' or 'grouped_mm' .*'sonicmoe'"):
+        experts(*routed(experts))
+
+
+def test_weights_that_are_quantized_already_are_refused() -> None:
+    model = mixture()
+    experts = experts_of(model)
+    experts.down_proj = nn.Parameter(torch.zeros(4, 32, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"down_proj of Qwen3MoeExperts must be floating-point .*torch.int8"):
+        convert_to_4bit(model, FourBitConfig(group_size=32))
+
+
+@pytest.mark.parametrize("convert_first", [True, False])
+def test_lora_on_the_experts_parameters_is_rounded_with_them(convert_first: bool) -> None:
+    """PEFT's `target_parameters`: the forward pass uses Q(W + ΔW), so that merging changes nothing."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = FourBitConfig(group_size=32)
+    lora = peft.LoraConfig(r=4, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    model = mixture()
+    if convert_first:
+        convert_to_4bit(model, config)
+    adapted = peft.get_peft_model(model, lora)
+    if not convert_first:
+        convert_to_4bit(adapted, config)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    adapted.eval()
+    logits = adapted(TOKENS).logits
+    loss = adapted(TOKENS, labels=TOKENS).loss
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in adapted.named_parameters() if "lora_B" in n)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(TOKENS).logits, logits, rtol=0, atol=1e-5)

@@ -1,0 +1,228 @@
+"""`FourBitConfig(adapters="merged")`: what was trained is what merging gives, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
+from peft.tuners import lora
+from torch import nn
+
+from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, restore_linear
+from hf_stablespam.quant.layers.matmul import quantize_weight
+from hf_stablespam.quant.layers.merged_lora import MergedLoraLinear
+from tests.quant.export.gguf.models import tiny
+
+CONFIG = FourBitConfig("int4", None, group_size=32, adapters="merged")
+IDS = torch.arange(24).view(2, 12)
+
+
+def adapted(config: FourBitConfig = CONFIG, first: str = "convert", dtype=torch.float32, **options):
+    """A tiny Llama with an adapter whose B is not zero, so that it does something."""
+    model = tiny(attention_bias=True, tie_word_embeddings=False).to(dtype)
+    if first == "convert":
+        convert_to_4bit(model, config)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj"], **options}
+    model = get_peft_model(model, LoraConfig(**options))
+    if first == "peft":
+        convert_to_4bit(model, config)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+        elif "magnitude" in name:
+            parameter.data *= 1.3
+    return model
+
+
+def layer_of(model) -> MergedLoraLinear:
+    return model.base_model.model.model.layers[1].self_attn.q_proj
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+CASES = {
+    "lora": ({}, {}),
+    "rslora": ({}, {"use_rslora": True}),
+    "dora": ({}, {"use_dora": True}),
+    "bias": ({}, {"lora_bias": True, "target_modules": ["q_proj", "k_proj", "v_proj"]}),
+    "W4A4": ({"activation": "int4"}, {}),
+    "signed": ({"weight": "int4_signed"}, {}),
+    "gradient": ({"weight": "mxfp4", "gradient": "mxfp4", "gradient_rounding": "nearest"}, {}),
+    "nvfp4": ({"weight": "nvfp4"}, {}),
+    "hadamard": ({"hadamard": "all"}, {}),
+}
+
+
+@pytest.mark.parametrize("first", ["convert", "peft"])
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_merging_changes_no_logit(case: str, safe: bool, first: str) -> None:
+    fields, options = CASES[case]
+    model = adapted(FourBitConfig(**{**CONFIG.to_dict(), **fields}), first, **options)
+    assert type(layer_of(model)) is MergedLoraLinear
+    before = logits(model)
+    merged = model.merge_and_unload(safe_merge=safe)
+    assert isinstance(merged.model.layers[1].self_attn.q_proj, FourBitLinear)
+    assert torch.equal(logits(merged), before)
+    assert not torch.equal(before, logits(adapted(FourBitConfig("int4", None, group_size=32), **options)))
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("safe", [False, True])
+def test_a_bfloat16_model_too(adapter_dtype: torch.dtype, safe: bool) -> None:
+    model = adapted(dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(adapter_dtype)
+    before = logits(model)
+    assert torch.equal(logits(model.merge_and_unload(safe_merge=safe)), before)
+
+
+def reference(layer: MergedLoraLinear, x: torch.Tensor) -> torch.Tensor:
+    """The straight-through formula with autograd alone: the whole gradient of the merged weight, then of A and B."""
+    base = layer.get_base_layer()
+    weight = layer.merged_weight()
+    rounded = weight + (quantize_weight(weight, base.recipe, weight.dtype) - weight).detach()
+    quantizer = base.recipe.activation
+    x_q = x if quantizer is None else x + (quantizer(x) - x).detach()
+    return nn.functional.linear(x_q, rounded, layer._bias(layer._active()))
+
+
+@pytest.mark.parametrize("case", ["lora", "rslora", "dora", "bias", "W4A4", "signed"])
+def test_gradients_are_those_of_the_merged_weight(case: str) -> None:
+    fields, options = CASES[case]
+    layer = layer_of(adapted(FourBitConfig(**{**CONFIG.to_dict(), **fields}), **options)).train()
+    x, upstream = torch.randn(2, 7, 128), torch.randn(2, 7, 128)
+    found = []
+    for forward in (layer, lambda x: reference(layer, x)):
+        layer.zero_grad()
+        inputs = x.clone().requires_grad_()
+        (forward(inputs) * upstream).sum().backward()
+        trained = [p.grad for name, p in layer.named_parameters() if "lora" in name and p.grad is not None]
+        found.append([inputs.grad, *trained])
+    assert len(found[0]) >= 3
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_the_rounded_weight_is_made_once_for_the_micro_batches_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_stablespam.quant import merged_lora
+
+    made = []
+    original = merged_lora.quantize_weight
+    monkeypatch.setattr(merged_lora, "quantize_weight", lambda *a: made.append(1) or original(*a))
+    layer = layer_of(adapted()).train()
+    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-2)
+    x = torch.randn(3, 128)
+    for expected in (1, 2):
+        for _ in range(3):
+            layer(x).sum().backward()
+        assert len(made) == expected
+        optimizer.step()
+    with torch.no_grad():
+        layer.lora_B["default"].weight.mul_(2.0)  # no step, but a trace
+    assert torch.equal(layer(x), reference(layer, x))
+    layer.eval()
+    for parameter in layer.lora_B.parameters():
+        parameter.data *= 2.0  # no trace: in evaluation nothing is kept
+    assert torch.equal(layer(x), reference(layer, x))
+
+
+def test_training_lowers_the_loss_and_merging_keeps_it() -> None:
+    model = adapted().train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(8):
+        for _ in range(2):
+            loss = model(IDS, labels=IDS).loss
+            loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] * 0.95
+    before = logits(model)
+    assert torch.equal(logits(model.merge_and_unload()), before)
+
+
+def test_several_adapters_switching_disabling_and_unmerging() -> None:
+    model = adapted()
+    first = logits(model)
+    model.add_adapter("second", LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "up_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B.second" in name:
+            nn.init.normal_(parameter, std=0.3)
+    assert torch.equal(logits(model), first)
+    model.set_adapter("second")
+    second = logits(model)
+    model.base_model.set_adapter(["default", "second"])
+    both = logits(model)
+    assert not torch.equal(first, second)
+    assert not torch.equal(both, second)
+    with model.disable_adapter():
+        plain = logits(model)
+    assert torch.equal(plain, logits(convert_to_4bit(tiny(attention_bias=True, tie_word_embeddings=False), CONFIG)))
+    model.merge_adapter()
+    assert torch.equal(logits(model), both)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), both, rtol=0.05, atol=0.05)
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert torch.equal(logits(merged), logits(model))
+
+
+def test_saving_loading_pickling_autocast_and_checkpointing(tmp_path) -> None:
+    model = adapted()
+    before = logits(model)
+    model.save_pretrained(tmp_path)
+    base = convert_to_4bit(tiny(attention_bias=True, tie_word_embeddings=False), CONFIG)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert type(layer_of(loaded)) is MergedLoraLinear
+    assert torch.equal(logits(loaded), before)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), before)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = logits(model)
+        assert torch.equal(logits(copy.deepcopy(model).merge_and_unload()), low)
+    gradients = []
+    for checkpointing in (False, True):
+        model.train().zero_grad()
+        model.base_model.model.gradient_checkpointing_disable()
+        if checkpointing:
+            model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(IDS, labels=IDS).loss.backward()
+        gradients.append(layer_of(model).lora_A["default"].weight.grad.clone())
+    assert torch.equal(*gradients)
+
+
+def test_restored_it_is_pefts_own() -> None:
+    model = restore_linear(adapted())
+    assert type(layer_of(model)) is lora.Linear
+    assert type(layer_of(model).get_base_layer()) is nn.Linear
+    assert logits(model).shape == (2, 12, 384)
+
+
+@pytest.mark.parametrize("first", ["convert", "peft"])
+def test_what_has_no_merged_weight_is_refused_by_name(first: str) -> None:
+    with pytest.raises(ValueError, match=r"lora_dropout must be 0, got 0.1 for 'default': .* set lora_dropout=0, or"):
+        adapted(first=first, lora_dropout=0.1)
+    with pytest.raises(ValueError, match=r"lora_bias=True of 'default' needs a layer with a bias"):
+        adapted(first=first, lora_bias=True)
+    other = convert_to_4bit(tiny(), CONFIG) if first == "convert" else tiny()
+    other = get_peft_model(other, VeraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"'merged' knows LoRA.*got peft.tuners.vera.layer.Linear in .*q_proj"):
+        convert_to_4bit(other, CONFIG)
+    model = adapted(first=first)
+    with pytest.raises(ValueError, match=r"a batch of several adapters \(adapter_names\) has no single merged weight"):
+        model.eval()(IDS, adapter_names=["default", "__base__"])
+
+
+def test_separate_adapters_are_left_to_peft() -> None:
+    model = adapted(FourBitConfig("int4", None, group_size=32))
+    assert type(layer_of(model)) is lora.Linear
+    with pytest.raises(ValueError, match="adapters must be one of 'separate', 'merged', got 'both'"):
+        FourBitConfig(adapters="both")
