@@ -14,25 +14,19 @@ about three minutes on one core; all studies are about 200 runs. Whoever wins, w
 import argparse
 import csv
 import sys
-import tempfile
-import time
-import zlib
 from collections.abc import Iterator
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import _record
+from benchmarks import _queue, _record
 from benchmarks.quality_runs import STANDARD_LIBRARY, Run
 from benchmarks.quality_studies import AT_SCALE_RATE, ON_CPU, STUDIES, Record
 from benchmarks.quality_tables import tables
 
 NAME = "quality"
 TRIAL_STEPS = 10
-PAUSE = 10  # seconds between looks at the record while other processes train
 
 
 def read_record() -> Record:
@@ -54,40 +48,9 @@ def missing(studies: list[str], base: Run, record: Record) -> Iterator[Run]:
                 yield run
 
 
-def claim(run: Run) -> FileLock | None:
-    """A lock on a run, which ends with the process that holds it; ``None`` while another process trains it."""
-    folder = Path(tempfile.gettempdir()) / "hf_stablespam-quality"
-    folder.mkdir(exist_ok=True)
-    lock = FileLock(folder / f"{zlib.crc32(repr((_record.RESULTS, astuple(run))).encode()):08x}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return None
-    return lock
-
-
 def work(studies: list[str], base: Run, at_most: int | None) -> int:
-    """Run what is missing, the record read anew before each; the number of runs made.
-
-    What other processes are training is waited for, because further runs may depend on it.
-    """
-    made = 0
-    while at_most is None or made < at_most:
-        waiting = list(missing(studies, base, read_record()))
-        if not waiting:
-            break
-        claimed = next(((run, lock) for run in waiting if (lock := claim(run))), None)
-        if claimed is None:
-            time.sleep(PAUSE)
-            continue
-        run, lock = claimed
-        try:
-            if run not in read_record():  # another process may just have finished it
-                train(run)
-                made += 1
-        finally:
-            lock.release()
-    return made
+    """Run what is missing; the number of runs made."""
+    return _queue.work(lambda: missing(studies, base, read_record()), train, at_most)
 
 
 def train(run: Run) -> None:

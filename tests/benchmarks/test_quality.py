@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import _record, quality, quality_plots, quality_runs, quality_tables
+from benchmarks import _queue, _record, quality, quality_plots, quality_runs, quality_tables
 from benchmarks.quality_methods import METHODS, PRECISIONS
 from benchmarks.quality_runs import Run
 from benchmarks.quality_studies import ON_CPU, STUDIES, best_rate
@@ -56,37 +56,37 @@ def test_what_is_on_record_is_not_run_again(made):
 
 def test_what_another_process_trains_is_left_to_it_and_waited_for(made, monkeypatch):
     (first, *rest) = pairs = list(dict.fromkeys(STUDIES["pairs"](BASE, {})))
-    theirs = quality.claim(first)
+    theirs = _queue.claim(first)
 
     def they_finish(seconds):
         assert made == rest
         quality.train(first)
         theirs.release()
 
-    monkeypatch.setattr(quality.time, "sleep", they_finish)
+    monkeypatch.setattr(_queue.time, "sleep", they_finish)
     quality.main(["--studies", "pairs"])
     assert sorted(made, key=repr) == sorted(pairs, key=repr)
 
 
 def test_a_run_that_was_finished_meanwhile_is_not_repeated(made, monkeypatch):
-    claim = quality.claim
+    claim = _queue.claim
 
     def finished_by_another(run):
         if not made:
             quality.train(run)
         return claim(run)
 
-    monkeypatch.setattr(quality, "claim", finished_by_another)
+    monkeypatch.setattr(_queue, "claim", finished_by_another)
     quality.main(["--studies", "pairs"])
     assert len(made) == len(set(made)) == 9
 
 
 def test_a_claim_ends_with_its_holder(made):
     run = next(STUDIES["pairs"](BASE, {}))
-    lock = quality.claim(run)
-    assert quality.claim(run) is None
+    lock = _queue.claim(run)
+    assert _queue.claim(run) is None
     lock.release()
-    assert quality.claim(run) is not None
+    assert _queue.claim(run) is not None
 
 
 def test_the_table_alone_runs_nothing(made, capsys):

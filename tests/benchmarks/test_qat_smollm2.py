@@ -1,0 +1,67 @@
+"""The study of a real model: its order, its search for the learning rate, and a run of it with a tiny model."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import _record, qat_smollm2
+from benchmarks.qat_smollm2 import FORMATS, FULL, GGUF, LOADED, METHODS, RATES, SEEDS, Run, search, study
+
+
+def pretended(best: float):
+    """A record that is filled as it is asked for; the perplexity grows with the distance of the rate from `best`."""
+    record: dict[Run, dict[str, str]] = {}
+    while True:
+        waiting = [run for run in study(record) if run not in record]
+        if not waiting:
+            return record
+        run = waiting[0]
+        distance = abs(math.log2(run.learning_rate / best)) if run.learning_rate else 9
+        record[run] = {"perplexity": str(20 + distance)}
+
+
+@pytest.mark.parametrize("best", [2e-4, 5e-5, 8e-4])
+def test_the_best_rate_has_a_worse_one_on_both_sides_before_the_seeds_follow(best):
+    record = pretended(best)
+    own = [run for run in record if run.method == "stable_spam" and run.precision == GGUF]
+    tried = sorted(run.learning_rate for run in own if run.seed == SEEDS[0])
+    assert tried[0] < best < tried[-1]
+    assert [run.learning_rate for run in own if run.seed != SEEDS[0]] == pytest.approx([best, best])
+    assert {(run.method, run.precision, run.seed) for run in record} >= {
+        (method, precision, seed) for method in METHODS for precision in FORMATS for seed in SEEDS
+    }
+
+
+def test_no_best_rate_while_one_is_missing():
+    base = Run("stable_spam", GGUF, 0.0)
+    record = {replace(base, learning_rate=rate): {"perplexity": "20"} for rate in RATES[:-1]}
+    assert search(base, record)[1] is None
+
+
+def test_runs_of_a_tiny_model_are_rows_that_read_back(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    )
+    ids = torch.randint(64, (8, 16))
+    blocks = [{"input_ids": row, "labels": row} for row in ids]
+    windows = [row.tolist() for row in ids[:4]]
+    monkeypatch.setattr(qat_smollm2, "materials", lambda: (model, None, blocks, windows, blocks[:4]))
+    monkeypatch.setattr(qat_smollm2, "export_gguf", lambda *args, **kwargs: None)
+    monkeypatch.setattr(_record, "RESULTS", tmp_path)
+    monkeypatch.setattr(qat_smollm2, "FILES", tmp_path)
+    before = {name: param.clone() for name, param in model.named_parameters()}
+    runs = [Run(LOADED, FULL, 0.0, steps=0), *(Run(method, GGUF, 1e-2, steps=4) for method in METHODS)]
+    for run in runs:
+        qat_smollm2.make(run)
+    record = qat_smollm2.read_record()
+    assert list(record) == runs
+    assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
+    loaded, *trained = record.values()
+    assert float(loaded["perplexity"]) != float(loaded[f"rounded_{GGUF}"])
+    for row in trained:
+        assert [point.split(":")[0] for point in row["curve"].split()] == ["1", "2", "3", "4"]
+        assert float(row["perplexity"]) < float(loaded["perplexity"])
