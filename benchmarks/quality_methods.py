@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class Method:
     own: type[torch.optim.Optimizer] | None = None  # built here, because the Trainer has no name for it
     rates: tuple[float, ...] = (5e-4, 1e-3, 3e-3, 1e-2, 2e-2)
     arguments: dict[str, Any] = field(default_factory=dict)  # further TrainingArguments
+    scales: dict[str, float] = field(default_factory=dict)  # factors on learning rates, of LearningRateScaleCallback
 
     def optimizer(self, model: torch.nn.Module, learning_rate: float, steps: int) -> torch.optim.Optimizer | None:
         if self.own is None:
@@ -90,6 +92,24 @@ METHODS = {
     "stable_spam_floor25": Method(optim_args="decay_floor=0.25"),
     "stable_spam_floor75": Method(optim_args="decay_floor=0.75"),
     "stable_spam_clip99": Method(optim_args="clip_beta=0.99"),
+}
+
+APART = ("stable_spam", "adamw_clipped", "adamw_clipped_beta95")  # what is tried with learning rates apart
+KINDS, FACTORS = ("embedding", "head", "norm"), (3, 10, 30)
+
+
+def apart(method: str, kind: str, factor: int) -> str:
+    """The name of a method with so many times the learning rate for one kind of parameters."""
+    return f"{method}_{kind}{factor}"
+
+
+METHODS |= {
+    apart(method, kind, factor): replace(METHODS[method], scales={kind: float(factor)})
+    for method, kind, factor in itertools.product(APART, KINDS, FACTORS)
+}
+METHODS |= {
+    f"{method}_decay": replace(METHODS[method], arguments={**METHODS[method].arguments, "weight_decay": 0.1})
+    for method in [apart(method, "embedding", 10) for method in APART]
 }
 
 PRECISIONS: dict[str, FourBitConfig | None] = {

@@ -33,7 +33,7 @@ from transformers import (
 
 from benchmarks._record import synchronize
 from benchmarks.quality_methods import METHODS, PRECISIONS
-from hf_stablespam import FourBitCallback, StabilizeCallback
+from hf_stablespam import FourBitCallback, LearningRateScaleCallback, StabilizeCallback
 
 EVALUATIONS = 20  # along each run, on a few blocks: how fast the loss falls
 CURVE_BLOCKS, FINAL_BLOCKS = 64, 256
@@ -90,6 +90,8 @@ class Run:
         callbacks: list[TrainerCallback] = [times] if formats is None else [times, FourBitCallback(formats)]
         if method.stabilized:
             callbacks.append(StabilizeCallback())
+        if method.scales:
+            callbacks.append(LearningRateScaleCallback(**method.scales))
         with TemporaryDirectory() as folder:
             trainer = Trainer(
                 model,

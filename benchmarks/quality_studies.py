@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.quality_methods import METHODS
+from benchmarks.quality_methods import APART, FACTORS, METHODS, apart
 from benchmarks.quality_runs import TORCH_HEADERS, Run
 
 Record = Mapping[Run, dict[str, Any]]
@@ -159,6 +159,40 @@ def steps(base: Run, record: Record) -> Iterator[Run]:
             yield from over_seeds(replace(own, method=method, learning_rate=rate))
 
 
+def rates_apart(base: Run, record: Record) -> Iterator[Run]:
+    """Embedding, head or norms with 10 times the learning rate; the embedding with 3 and 30 times; three seeds."""
+    own = replace(base, precision="int4", learning_rate=DEFAULT_RATE)
+    tried = [replace(own, method=apart(method, "embedding", 10)) for method in ("stable_spam", "adamw_clipped")]
+    yield from tried
+    yield from (replace(own, method=apart("stable_spam", kind, 10)) for kind in ("head", "norm"))
+    yield from (replace(own, method=apart("stable_spam", "embedding", factor)) for factor in (3, 30))
+    yield from (replace(own, method=apart("adamw_clipped", "embedding", factor)) for factor in (3, 30))
+    for seed in SEEDS[1:]:
+        for method in ("stable_spam", "adamw_clipped"):
+            factor = best_factor(record, replace(own, method=method))
+            if factor is not None:
+                yield replace(own, method=apart(method, "embedding", factor), seed=seed)
+
+
+def honest_baselines(base: Run, record: Record) -> Iterator[Run]:
+    """Rates of the matrices with the embedding apart; AdamW with both β2 and with weight decay; full precision."""
+    own = replace(base, precision="int4", learning_rate=DEFAULT_RATE)
+    ours, theirs, faster = (apart(method, "embedding", 10) for method in APART)
+    yield from (replace(own, method=method) for method in (ours, theirs, faster))
+    yield from (replace(own, method=method, precision="full") for method in (ours, theirs, faster))
+    for rate in (6e-3, 1.5e-3, 1.2e-2, 7.5e-4):
+        yield from (replace(own, method=method, learning_rate=rate) for method in (ours, theirs, faster))
+    yield from (replace(own, method=f"{method}_decay") for method in (ours, theirs, faster))
+
+
+def best_factor(record: Record, base: Run) -> int | None:
+    """The factor on the embedding's rate with which the method ended lowest; None while one of them is to be run."""
+    runs = {factor: replace(base, method=apart(base.method, "embedding", factor)) for factor in FACTORS}
+    if any(run not in record for run in runs.values()):
+        return None
+    return min(runs, key=lambda factor: loss_of(record, runs[factor]))
+
+
 def at_scale(base: Run, record: Record) -> Iterator[Run]:
     """What a larger model costs and gains: AdamW with clipping and Stable-SPAM, in full precision and INT4."""
     for method, name in itertools.product(("adamw_clipped", "stable_spam"), ("full", "int4")):
@@ -179,6 +213,8 @@ STUDIES: dict[str, Callable[[Run, Record], Iterator[Run]]] = {
         resets,
         frequent_resets,
         candidates,
+        rates_apart,
+        honest_baselines,
         at_scale,
     )
 }

@@ -44,6 +44,7 @@ from hf_stablespam import (
     FourBitCallback,
     FourBitConfig,
     GradientNormCallback,
+    LearningRateScaleCallback,
     MomentumResetCallback,
     SpikeRecorder,
     last_complete_checkpoint,
@@ -120,6 +121,9 @@ class StabilityArguments:
     reset_every: int | None = field(
         default=None,
         metadata={"help": "Reset the momentum every N update steps, of any Adam-like optimizer."},
+    )
+    embedding_lr_scale: float | None = field(
+        default=None, metadata={"help": "Train the embedding with so many times the learning rate, by any optimizer."}
     )
 
 
@@ -199,6 +203,8 @@ def make_callbacks(stability: StabilityArguments) -> list[TrainerCallback]:
             group_size=stability.four_bit_group_size,
         )
         callbacks.append(FourBitCallback(config))
+    if stability.embedding_lr_scale is not None:
+        callbacks.append(LearningRateScaleCallback(embedding=stability.embedding_lr_scale))
     if stability.reset_every is not None:
         callbacks.append(MomentumResetCallback(every=stability.reset_every))
     if stability.gradient_norms or stability.gradient_norms_by:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hf_stablespam.trainer import (
         FourBitCallback,
         GradientNormCallback,
+        LearningRateScaleCallback,
         MomentumResetCallback,
         SpikeRecorder,
         SpikeRecorderCallback,
@@ -40,6 +41,7 @@ __all__ = [
     "FourBitConfig",
     "FourBitLinear",
     "GradientNormCallback",
+    "LearningRateScaleCallback",
     "MomentumResetCallback",
     "SpikeRecorder",
     "SpikeRecorderCallback",
@@ -65,6 +67,7 @@ __getattr__, __dir__ = lazy_attributes(
         "FourBitConfig": "hf_stablespam.quant",
         "FourBitLinear": "hf_stablespam.quant",
         "GradientNormCallback": "hf_stablespam.trainer",
+        "LearningRateScaleCallback": "hf_stablespam.trainer",
         "MomentumResetCallback": "hf_stablespam.trainer",
         "SPAM": "hf_stablespam.optim",
         "SpikeRecorder": "hf_stablespam.trainer",

@@ -8,6 +8,7 @@ from hf_stablespam.trainer.registration import register, unregister
 if TYPE_CHECKING:
     from hf_stablespam.trainer.callbacks.four_bit import FourBitCallback
     from hf_stablespam.trainer.callbacks.gradient_norm import GradientNormCallback
+    from hf_stablespam.trainer.callbacks.learning_rate_scale import LearningRateScaleCallback
     from hf_stablespam.trainer.callbacks.momentum_reset import MomentumResetCallback
     from hf_stablespam.trainer.callbacks.spike_recorder import SpikeRecorder, SpikeRecorderCallback
     from hf_stablespam.trainer.callbacks.stabilize import StabilizeCallback
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FourBitCallback",
     "GradientNormCallback",
+    "LearningRateScaleCallback",
     "MomentumResetCallback",
     "SpikeRecorder",
     "SpikeRecorderCallback",
@@ -31,6 +33,7 @@ __getattr__, __dir__ = lazy_attributes(
     {
         "FourBitCallback": "hf_stablespam.trainer.callbacks.four_bit",
         "GradientNormCallback": "hf_stablespam.trainer.callbacks.gradient_norm",
+        "LearningRateScaleCallback": "hf_stablespam.trainer.callbacks.learning_rate_scale",
         "MomentumResetCallback": "hf_stablespam.trainer.callbacks.momentum_reset",
         "SpikeRecorder": "hf_stablespam.trainer.callbacks.spike_recorder",
         "SpikeRecorderCallback": "hf_stablespam.trainer.callbacks.spike_recorder",

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from hf_stablespam.trainer.callbacks.helpers.unwrapping import unwrap
 from hf_stablespam.trainer.patching import patch
 from hf_stablespam.trainer.registration.converted_weights import load_the_rest
 from hf_stablespam.trainer.registration.flat_shards import refuse_flat_shards
@@ -13,6 +14,13 @@ from hf_stablespam.trainer.registration.options.galore_groups import (
     check_layerwise,
     parameter_groups,
     say_what_the_gap_means,
+)
+from hf_stablespam.trainer.registration.options.lr_scales import (
+    asked_scales,
+    check_scaled,
+    is_scaled,
+    scale_learning_rates,
+    take_scales,
 )
 from hf_stablespam.trainer.registration.options.optim_args import SPAM as SPAM_NAME
 from hf_stablespam.trainer.registration.options.optim_args import parse_optim_args
@@ -53,6 +61,7 @@ def optimizer_cls_and_kwargs(
         **parse_optim_args(args.optim_args),
     }
     say_what_the_gap_means(kwargs, args.optim_args)
+    take_scales(kwargs)  # for `create_optimizer`
     layerwise = kwargs.pop("layerwise", False)
     if layerwise:
         check_layerwise(args)
@@ -79,6 +88,7 @@ def spam_cls_and_kwargs(
         "eps": args.adam_epsilon,
         **parse_optim_args(args.optim_args, SPAM_NAME),
     }
+    take_scales(kwargs)
     return SPAM, kwargs
 
 
@@ -103,6 +113,7 @@ def warn_of_global_clipping(args: "TrainingArguments", method: str = "Stable-SPA
 def teach_trainer(trainer_cls: "type[Trainer]") -> None:
     """Teach `Trainer`, and so every subclass, what `optim` means for the names of `BUILDERS`. Twice is harmless."""
     patch(trainer_cls, "get_optimizer_cls_and_kwargs", _knowing)
+    patch(trainer_cls, "create_optimizer", _scaling)
     patch(trainer_cls, "create_scheduler", _resolving_auto)
     patch(trainer_cls, "_load_optimizer_and_scheduler", _comparing)
     patch(trainer_cls, "_load_from_checkpoint", _loading_all)
@@ -133,6 +144,23 @@ def _knowing(original: Any) -> Any:
         return build(args, model) if build is not None else original(args, model)
 
     return get_optimizer_cls_and_kwargs
+
+
+def _scaling(original: Any) -> Any:
+    def create_optimizer(self: "Trainer", *args: Any, **kwargs: Any) -> Any:
+        optimizer = original(self, *args, **kwargs)
+        scales = asked_scales(self.args, self.callback_handler.callbacks)
+        if scales:
+            if self.lr_scheduler is not None and not is_scaled(optimizer):
+                raise ValueError(
+                    f"the learning rates of {', '.join(scales)} are set apart before there is a schedule, and this "
+                    "Trainer was given one; give the optimizer of that schedule parameter groups of its own"
+                )
+            model: Any = (args[0] if args else kwargs.get("model")) or self.model
+            scale_learning_rates(unwrap(optimizer), model, scales)
+        return optimizer
+
+    return create_optimizer
 
 
 def _resolving_auto(original: Any) -> Any:
@@ -183,6 +211,7 @@ def _preparing(original: Any) -> Any:
         from hf_stablespam.trainer.registration.resume import note_names
 
         resolve_decay_steps(self.optimizer, state.max_steps, done=state.global_step)
+        check_scaled(unwrap(self.optimizer), asked_scales(args, self.callbacks))
         if self.optimizer is not None:
             accelerator_watch.watch_ours(self.optimizer)
             note_names(self.optimizer, self.model)

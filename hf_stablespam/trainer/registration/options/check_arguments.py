@@ -7,6 +7,7 @@ from hf_stablespam.trainer.registration.options.galore_groups import (
     check_layerwise,
     check_rank_and_targets,
 )
+from hf_stablespam.trainer.registration.options.lr_scales import check_scale, take_scales
 from hf_stablespam.trainer.registration.options.optim_args import SPAM, STABLE_SPAM, parse_optim_args
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def check_arguments(args: "TrainingArguments") -> None:
     _check_masters(name, options)
     if options.pop("layerwise", False):
         check_layerwise(args)
+    for scale in take_scales(options).items():
+        check_scale(*scale)
     fields = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     cls: Any = StableSPAM if name == "stable_spam" else Spam
     matrix = torch.empty(1 << 20, 1 << 20, device="meta")  # of no size that a rank could be too large for

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hf_stablespam._names import nearest
+from hf_stablespam.trainer.registration.options.lr_scales import OPTIONS as LR_SCALES
 
 if TYPE_CHECKING:
     from hf_stablespam.optim.options import Kind, Option
@@ -30,7 +31,8 @@ def parse_optim_args(text: str | None, optimizer: str = STABLE_SPAM) -> dict[str
         text: entries `name=value`, joined by commas; spaces do not matter; `None` or empty gives `{}`. Names
             are those of the optimizer's keyword arguments, or an alias of the paper or the official code
             (gamma1, gamma2, gamma3, update_proj_gap, total_T). `none` switches a part off. Beside `rank`
-            `update_proj_gap` is GaLore's, as in transformers. `layerwise` is for the Trainer.
+            `update_proj_gap` is GaLore's, as in transformers. `layerwise` and the `…_lr_scale` are
+            for the Trainer.
         optimizer: whose options, "stable_spam" (the default) or "spam".
 
     Returns:
@@ -84,6 +86,8 @@ def option_table(optimizer: str) -> "Mapping[str, Option]":
     ours = {name: option for name, option in table.items() if name not in _FIELDS}
     if optimizer == STABLE_SPAM:  # what the Trainer's side reads itself
         ours["layerwise"] = options.Option(False, options.FLAG, "update during the backward pass")
+    for name, kind in zip(LR_SCALES, ("embeddings", "an untied output head", "norms"), strict=True):
+        ours[name] = options.Option(1.0, options.ABOVE_ZERO, f"factor on the learning rate of {kind}")
     return ours
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_stablespam.trainer.registration.options.lr_scales import OPTIONS as LR_SCALES
 from hf_stablespam.trainer.registration.options.optim_args import aliases_of, option_table, parse_optim_args
 
 
@@ -67,5 +68,5 @@ def test_every_option_is_an_argument_of_the_optimizer():
         if parameter.kind is parameter.KEYWORD_ONLY
     }
     table = option_table("stable_spam")
-    assert set(table) - {"layerwise"} == keyword_only
+    assert set(table) - {"layerwise", *LR_SCALES} == keyword_only
     assert {name for name, _ in aliases_of(table).values()} <= keyword_only
