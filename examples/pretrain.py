@@ -149,6 +149,7 @@ def llama(model_size: str, tokenizer: PreTrainedTokenizerBase, block_size: int) 
     hidden, intermediate, layers, heads = SHAPES[model_size]
     is_mixture = model_size.startswith("moe")
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": intermediate}
+    experts["norm_topk_prob"] = True  # as the pretrained ones, and as llama.cpp computes it
     config = AutoConfig.for_model(
         "qwen3_moe" if is_mixture else "llama",
         vocab_size=len(tokenizer),

@@ -45,7 +45,7 @@ def stays_unpacked(model: nn.Module, config: FourBitConfig, group_size: int) -> 
     if experts and has_plain_experts(model):
         return "some blocks of experts are in high precision, which transformers does not read beside packed ones"
     for name, block in experts.items():
-        for width in _inputs(block):
+        for width in row_widths(block):
             if width % group_size:
                 return f"{name} has rows of {width}, which groups of {group_size} do not divide"
     return None
@@ -91,7 +91,7 @@ def pack_experts(folder: Path, model: nn.Module, quantizer: Quantizer, scheme: A
     return packed > 0
 
 
-def _inputs(block: FourBitExperts) -> list[int]:
+def row_widths(block: FourBitExperts) -> list[int]:
     """Widths of the rows that groups run along."""
     dim = 1 if block.is_transposed else 2
     return [getattr(block, name).shape[dim] for name in weight_names(block)]

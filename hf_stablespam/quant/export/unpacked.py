@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from hf_stablespam._atomic import atomic_folder
 from hf_stablespam._sharded import full
+from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.export.checks import check_finite, four_bit_layers
+from hf_stablespam.quant.export.experts import four_bit_experts
 from hf_stablespam.quant.export.state import whole_state_dict
 from hf_stablespam.quant.formats.quantizer import quantize
+from hf_stablespam.quant.layers.experts import FourBitExperts, weight_names
 from hf_stablespam.quant.layers.linear import FourBitLinear
 
 
@@ -24,6 +27,15 @@ def grid_weight(layer: FourBitLinear) -> Tensor:
         return weight.detach().float()
     with torch.no_grad():
         return quantize(weight, layer.recipe.weight, layer.shared_amax()).consume().float()
+
+
+def grid_experts(block: FourBitExperts, name: str) -> Tensor:
+    """The same of the weights `name` of all experts, laid out as the parameter."""
+    assert block.recipe.weight is not None  # as for all that is written
+    weight = full(getattr(block, name).detach())
+    rows = weight.mT.contiguous() if block.is_transposed else weight
+    grid = torch.stack([quantize(one, block.recipe.weight).consume().float() for one in rows.unbind(0)])
+    return grid.mT.contiguous() if block.is_transposed else grid
 
 
 def export_unpacked(
@@ -48,18 +60,22 @@ def export_unpacked(
         ValueError: the model is not converted, an adapter is not merged, weights are transformed (``hadamard="all"``),
             or a weight is not finite.
     """
-    layers = four_bit_layers(model)
+    layers, experts = four_bit_layers(model), four_bit_experts(model)
     if hasattr(model, "peft_config"):
         raise ValueError("a PEFT model holds two weights where one is exported; merge it first: merge_and_unload()")
-    if not layers:
+    if not layers and not experts:
         raise ValueError("the model is not converted to 4 bits; call convert_to_4bit(model, config) first")
-    if next(iter(layers.values())).four_bit.hadamard == "all":
+    config: FourBitConfig = next(module.four_bit for part in (layers, experts) for module in part.values())
+    if config.hadamard == "all":
         raise ValueError(
             "hadamard='all': the 4-bit numbers are those of transformed weights, which no other code multiplies by"
             " transformed inputs; train with hadamard='weight_grad' or None"
         )
     tensors = whole_state_dict(model, torch.float32)
     tensors.update({f"{name}.weight" if name else "weight": grid_weight(layer) for name, layer in layers.items()})
+    if config.weight is not None:
+        for key, block in experts.items():
+            tensors.update({f"{key}.{name}": grid_experts(block, name) for name in weight_names(block)})
     check_finite(tensors)
     if not is_main_process:
         return

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from hf_stablespam import FourBitConfig, convert_to_4bit, export_4bit, export_gguf
+from hf_stablespam import FourBitConfig, convert_to_4bit, export_4bit
 from tests.quant.layers.test_experts import FAMILIES, TOKENS, experts_of, mixture
 
 pytest.importorskip("compressed_tensors", reason="export needs it; install the extra 'export'")
@@ -93,9 +93,3 @@ def test_a_mixture_whose_experts_alone_are_converted(tmp_path) -> None:
     model = trained(FourBitConfig(group_size=32, target_modules=("experts",)))
     export_4bit(model, tmp_path)
     assert torch.equal(reloaded_logits(tmp_path), weight_only(model)(TOKENS).logits)
-
-
-def test_gguf_refuses_experts(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"gate_up_proj holds the weights of 4 experts, which are not written as GGUF"):
-        export_gguf(trained(PACKED["int4"]), tmp_path / "model.gguf")
-    assert not list(tmp_path.iterdir())

@@ -35,8 +35,10 @@ class Architecture:
         tensor_scales: llama.cpp multiplies by the scale of a whole tensor, which NVFP4 needs.
         scalars: field of the config → name of the metadata's setter in `gguf.GGUFWriter`.
         fixed: field of the config → the only value that llama.cpp computes with.
+        counts: the same for integers.
         full_heads: llama.cpp takes it that all heads together are as wide as the model.
         by_layer: llama.cpp's name for the same with layers of unequal widths; empty: it has none.
+        renamed: part of a parameter's name → what gguf's table has for it.
     """
 
     name: str
@@ -47,9 +49,11 @@ class Architecture:
     sliding_pattern: int = 0
     tensor_scales: bool = False
     scalars: tuple[tuple[str, str], ...] = ()
+    counts: tuple[tuple[str, str], ...] = ()
     fixed: tuple[tuple[str, Any], ...] = ()
     full_heads: bool = False
     by_layer: str = ""
+    renamed: tuple[tuple[str, str], ...] = ()
 
 
 _SOFTCAPS = (
@@ -62,6 +66,14 @@ _GRANITE = (
     ("attention_multiplier", "add_attention_scale"),
     ("logits_scaling", "add_logit_scale"),
 )
+
+_USED = (("num_experts_per_tok", "add_expert_used_count"),)
+_LOCAL_EXPERTS = (("num_local_experts", "add_expert_count"), *_USED)
+_EXPERTS = (("num_experts", "add_expert_count"), *_USED)
+_NARROW_EXPERTS = (*_EXPERTS, ("moe_intermediate_size", "add_expert_feed_forward_length"))
+_SHARED_EXPERT = (("shared_expert_intermediate_size", "add_expert_shared_feed_forward_length"),)
+# Every layer is a mixture there.
+_MIXED: tuple[tuple[str, Any], ...] = (("decoder_sparse_step", 1), ("mlp_only_layers", []))
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture("llama", interleaved=True, tensor_scales=True, by_layer="deci"),
@@ -78,6 +90,29 @@ ARCHITECTURES: dict[str, Architecture] = {
         "gemma2", norm_offset=1.0, activations=TANH_GELU, sliding_pattern=2, scalars=_SOFTCAPS
     ),
     "Gemma3ForCausalLM": Architecture("gemma3", norm_offset=1.0, activations=TANH_GELU, sliding_pattern=6),
+    "MixtralForCausalLM": Architecture("llama", interleaved=True, tensor_scales=True, counts=_LOCAL_EXPERTS),
+    "Qwen2MoeForCausalLM": Architecture(
+        "qwen2moe",
+        counts=(*_NARROW_EXPERTS, *_SHARED_EXPERT),
+        fixed=(("norm_topk_prob", False), *_MIXED),
+    ),
+    "Qwen3MoeForCausalLM": Architecture(
+        "qwen3moe", tensor_scales=True, counts=_NARROW_EXPERTS, fixed=(("norm_topk_prob", True), *_MIXED)
+    ),
+    "OlmoeForCausalLM": Architecture("olmoe", counts=_EXPERTS, fixed=(("norm_topk_prob", False), ("clip_qkv", None))),
+    "GraniteMoeForCausalLM": Architecture(
+        "granitemoe",
+        interleaved=True,
+        scalars=_GRANITE,
+        counts=_LOCAL_EXPERTS,
+        renamed=((".router.", ".router.layer."),),
+    ),
+    "GptOssForCausalLM": Architecture(
+        "gpt-oss",
+        sliding_pattern=2,
+        counts=(*_LOCAL_EXPERTS, ("intermediate_size", "add_expert_feed_forward_length")),
+        fixed=(("swiglu_limit", 7.0),),
+    ),
 }
 
 
@@ -171,65 +206,6 @@ def rope_parameters(config: Any) -> dict[str, Any]:
                 " convert with llama.cpp's convert_hf_to_gguf.py and pack its F16 file: hf-stablespam repack"
             )
     return parameters
-
-
-def add_metadata(writer: Any, model: Any, architecture: Architecture) -> None:
-    """Write what llama.cpp must know to compute `model`.
-
-    Args:
-        writer: a `gguf.GGUFWriter`.
-        model: the transformers model.
-        architecture: from `architecture_of`.
-    """
-    config = model.config
-    widths, width = layer_widths(model), head_width(config)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(context_length(config, architecture))
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(widths.feed_forward)
-    writer.add_head_count(widths.heads)
-    writer.add_head_count_kv(widths.kv_heads)
-    writer.add_key_length(width)
-    writer.add_value_length(width)
-    writer.add_vocab_size(model.get_input_embeddings().weight.shape[0])
-    if architecture.layer_norm:
-        writer.add_layer_norm_eps(config.norm_epsilon)
-    else:
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    for field, setter in architecture.scalars:
-        if getattr(config, field, None) is not None:
-            getattr(writer, setter)(float(getattr(config, field)))
-    if architecture.sliding_pattern and getattr(config, "sliding_window", None):
-        writer.add_sliding_window(config.sliding_window)
-    _add_rope(writer, config, width)
-
-
-def context_length(config: Any, architecture: Architecture) -> int:
-    """How far llama.cpp may look: to the end of a sliding window that it does not know."""
-    longest = config.max_position_embeddings
-    window = getattr(config, "sliding_window", None)
-    used = getattr(config, "use_sliding_window", True)
-    return min(longest, window) if window and used and not architecture.sliding_pattern else longest
-
-
-def _add_rope(writer: Any, config: Any, width: int) -> None:
-    from gguf import RopeScalingType
-
-    rope = rope_parameters(config)
-    writer.add_rope_dimension_count(width)
-    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
-    if rope["local_theta"]:
-        writer.add_rope_freq_base_swa(float(rope["local_theta"]))
-    kind = rope.get("rope_type", "default")
-    if kind == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
-    elif kind == "yarn":
-        writer.add_rope_scaling_type(RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
-        writer.add_rope_scaling_orig_ctx_len(
-            int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
-        )
 
 
 def rope_factors(config: Any) -> Tensor | None:

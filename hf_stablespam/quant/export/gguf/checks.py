@@ -10,8 +10,10 @@ from torch import nn
 
 from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.export.checks import four_bit_layers
+from hf_stablespam.quant.export.experts import four_bit_experts, row_widths
 from hf_stablespam.quant.export.gguf.architectures import architecture_of
 from hf_stablespam.quant.export.gguf.blocks import BLOCK_SIZE, TYPES
+from hf_stablespam.quant.export.gguf.tensors import tensor_plans
 from hf_stablespam.quant.export.gguf.tokenizer import read_vocabulary
 from hf_stablespam.quant.formats.number_formats import ScaleKind, get_format
 from hf_stablespam.quant.layers.linear import FourBitLinear
@@ -46,11 +48,10 @@ def check_gguf(model: nn.Module, processing_class: Any = None) -> FourBitConfig:
         raise ValueError(
             "a PEFT model cannot be written as GGUF; merge the adapter first: model = model.merge_and_unload()"
         )
-    check_no_experts(model)
-    layers = four_bit_layers(model)
-    if not layers:
+    layers, experts = four_bit_layers(model), four_bit_experts(model)
+    if not layers and not experts:
         raise ValueError("the model is not converted to 4 bits; call convert_to_4bit(model, config) first")
-    config = next(iter(layers.values())).four_bit
+    config: FourBitConfig = next(module.four_bit for part in (layers, experts) for module in part.values())
     check_format(config)
     architecture = architecture_of(model)
     if config.weight == "nvfp4" and not architecture.tensor_scales:
@@ -58,8 +59,10 @@ def check_gguf(model: nn.Module, processing_class: Any = None) -> FourBitConfig:
             f"weight='nvfp4' cannot be written for llama.cpp's {architecture.name!r}, which leaves out the scale of the"
             " whole tensor; train with weight='mxfp4' or 'int4', or export with export_4bit"
         )
+    tensor_plans(model, architecture)  # names each tensor, and computes nothing
     _check_ties(model, layers)
-    _check_rows(layers, config)
+    widths = {name: [layer.in_features] for name, layer in layers.items()}
+    _check_rows({**widths, **{name: row_widths(block) for name, block in experts.items()}}, config)
     if processing_class is not None:
         read_vocabulary(processing_class, input_embedding(model).shape[0])
     return config
@@ -98,27 +101,17 @@ def check_format(config: FourBitConfig) -> None:
         )
 
 
-def check_no_experts(model: nn.Module) -> None:
-    """Raise if `model` has weights of several experts in one tensor."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 3 and "expert" in name:
-            raise ValueError(
-                f"{name} holds the weights of {parameter.shape[0]} experts, which are not written as GGUF; export"
-                " another model, or this one with export_4bit"
-            )
-
-
-def _check_rows(layers: Mapping[str, FourBitLinear], config: FourBitConfig) -> None:
+def _check_rows(widths: Mapping[str, list[int]], config: FourBitConfig) -> None:
     assert config.weight is not None  # check_format
     size = BLOCK_SIZE[TYPES[config.weight]]
     group = config.group_of("weight")
-    for name, layer in layers.items():
-        if layer.in_features % size:
+    for name, width in ((name, width) for name, several in widths.items() for width in several):
+        if width % size:
             raise ValueError(
-                f"{name} has {layer.in_features} inputs, which blocks of {size} ({TYPES[config.weight]}) do not divide;"
+                f"{name} has {width} inputs, which blocks of {size} ({TYPES[config.weight]}) do not divide;"
                 " name it in modules_to_not_convert before training"
             )
-        if config.weight not in ("mxfp4", "nvfp4") and group % size and group < layer.in_features:
+        if config.weight not in ("mxfp4", "nvfp4") and group % size and group < width:
             raise ValueError(
                 f"group_size must be a multiple of {size} to be written as GGUF, got {group}; train with group_size=32"
             )

@@ -15,9 +15,10 @@ from hf_stablespam._announce import announce
 from hf_stablespam._atomic import atomic_file
 from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.export.checks import check_finite
-from hf_stablespam.quant.export.gguf.architectures import Architecture, add_metadata, architecture_of
+from hf_stablespam.quant.export.gguf.architectures import Architecture, architecture_of
 from hf_stablespam.quant.export.gguf.blocks import TYPES
 from hf_stablespam.quant.export.gguf.checks import EMBEDDING_TYPES, check_gguf, input_embedding
+from hf_stablespam.quant.export.gguf.metadata import add_metadata
 from hf_stablespam.quant.export.gguf.tensors import tensor_plans
 from hf_stablespam.quant.export.gguf.tokenizer import Vocabulary, add_vocabulary, read_vocabulary
 from hf_stablespam.quant.export.gguf.writer import check_absent, verify_tensors, write_tensors

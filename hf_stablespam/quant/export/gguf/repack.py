@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from hf_stablespam._announce import announce
 from hf_stablespam._atomic import atomic_file
+from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.export.checks import four_bit_layers
+from hf_stablespam.quant.export.experts import four_bit_experts
 from hf_stablespam.quant.export.gguf.blocks import TYPES
 from hf_stablespam.quant.export.gguf.checks import EMBEDDING_TYPES, check_format, check_gguf_package
 from hf_stablespam.quant.export.gguf.export import FILE_TYPES
@@ -29,7 +31,8 @@ from hf_stablespam.quant.export.gguf.writer import (
     verify_tensors,
     write_tensors,
 )
-from hf_stablespam.quant.export.unpacked import grid_weight
+from hf_stablespam.quant.export.unpacked import grid_experts, grid_weight
+from hf_stablespam.quant.layers.experts import weight_names
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +108,10 @@ def repack_gguf(
 
 def check_like(like: nn.Module) -> str:
     """The format of a converted model; raises if it cannot be recovered from numbers."""
-    layers = four_bit_layers(like)
-    if not layers:
+    layers, experts = four_bit_layers(like), four_bit_experts(like)
+    if not layers and not experts:
         raise ValueError("like must be converted to 4 bits; call convert_to_4bit(model, config) first")
-    config = next(iter(layers.values())).four_bit
+    config: FourBitConfig = next(module.four_bit for part in (layers, experts) for module in part.values())
     check_format(config)
     assert config.weight is not None  # check_format
     if TYPES[config.weight] not in RECOVER:
@@ -125,7 +128,7 @@ def _plans(reader: Any, types: Sequence[str], embedding: str) -> tuple[list[Tens
     for tensor in reader.tensors:
         shape = tuple(int(size) for size in reversed(tensor.shape))
         kind = tensor.tensor_type.name
-        matrix = len(shape) == 2 and kind in READABLE and min(shape) > 1
+        matrix = len(shape) in (2, 3) and kind in READABLE and min(shape) > 1  # three: the experts of a layer
         packed, chosen = None, kind
         if matrix:
             values = _float(tensor.data)
@@ -173,10 +176,10 @@ def _check_rows(like: nn.Module, reader: Any, packed: set[str]) -> None:
         if tensor.name in packed:
             found.update(_digests(_float(tensor.data)))
     missing = []
-    for name, layer in four_bit_layers(like).items():
-        absent = sum((Counter(_digests(grid_weight(layer))) - found).values())
+    for name, rows in _trained_rows(like):
+        absent = sum((Counter(_digests(rows)) - found).values())
         if absent:
-            missing.append(f"{name} ({absent} of {layer.out_features} rows)")
+            missing.append(f"{name} ({absent} of {len(rows)} rows)")
     if missing:
         raise ValueError(
             f"the file does not hold the trained weights of {', '.join(missing[:5])}"
@@ -185,9 +188,19 @@ def _check_rows(like: nn.Module, reader: Any, packed: set[str]) -> None:
         )
 
 
+def _trained_rows(like: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The rows of every 4-bit weight, with its name."""
+    for name, layer in four_bit_layers(like).items():
+        yield name, grid_weight(layer)
+    for key, block in four_bit_experts(like).items():
+        for name in weight_names(block):
+            grid = grid_experts(block, name)
+            yield f"{key}.{name}", (grid.mT if block.is_transposed else grid).flatten(0, 1)
+
+
 def _digests(rows: Tensor) -> list[bytes]:
     """A digest of each row; minus zero counts as zero."""
-    numbers = (rows.float() + 0.0).cpu().numpy()
+    numbers = (rows.flatten(0, -2).float() + 0.0).cpu().numpy()
     return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in numbers]
 
 

@@ -12,12 +12,18 @@ logger = logging.getLogger(__name__)
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED_WORD = "|".join(
+    rf"[^\r\n\p{{L}}\p{{N}}]?{word}{_CONTRACTIONS}?" for word in (f"{_UPPER}*{_LOWER}+", f"{_UPPER}+{_LOWER}*")
+)
+_REST_WITH_SLASH = _REST.replace(r"[\r\n]*", r"[\r\n/]*", 1)
 # Parts of a byte-level pre-tokenizer → llama.cpp's name of what does the same.
 PRE_TOKENIZERS: dict[tuple[tuple[str, Any], ...], str] = {
     (("bytes", True),): "gpt-2",
     (("digits", True), ("bytes", True)): "smollm",
     (("split", rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_REST}"), ("bytes", False)): "llama-bpe",
     (("split", rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}|{_REST}"), ("bytes", False)): "qwen2",
+    (("split", rf"{_CASED_WORD}|\p{{N}}{{1,3}}|{_REST_WITH_SLASH}"), ("bytes", False)): "gpt-4o",
 }
 NO_REMEDY = (
     "convert the checkpoint with llama.cpp's convert_hf_to_gguf.py --outtype f16, which knows more tokenizers, and pack"
@@ -130,7 +136,8 @@ def _pre_tokenizer(spec: Mapping[str, Any]) -> str:
     name = PRE_TOKENIZERS.get(parts)
     if name == "llama-bpe" and not spec["model"].get("ignore_merges"):
         name = "dbrx"  # the same pattern; merges decide there
-    elif name not in (None, "llama-bpe") and spec["model"].get("ignore_merges"):
+    # To every token of a vocabulary of tiktoken's, as GPT-OSS's is, there is a way by merges.
+    elif name not in (None, "llama-bpe", "gpt-4o") and spec["model"].get("ignore_merges"):
         name = None
     if name is None:
         raise ValueError(

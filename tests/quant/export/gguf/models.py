@@ -49,16 +49,36 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Gemma2ForCausalLM": GEMMA,
     "Gemma3ForCausalLM": {**GEMMA, "num_hidden_layers": 6},
 }
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "MixtralForCausalLM": EXPERTS,
+    "Qwen2MoeForCausalLM": {**EXPERTS, "shared_expert_intermediate_size": 96},
+    "Qwen3MoeForCausalLM": {**EXPERTS, "norm_topk_prob": True},
+    "OlmoeForCausalLM": {**EXPERTS, "num_key_value_heads": 4},
+    "GraniteMoeForCausalLM": {
+        **EXPERTS,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 2.0,
+    },
+    "GptOssForCausalLM": {**EXPERTS, "sliding_window": 16},
+}
 
 
 def tiny(name: str = "LlamaForCausalLM", **options: Any) -> Any:
     """A random model of the class `name`, in float32."""
     torch.manual_seed(0)
     cls = getattr(transformers, name)
-    model = cls(cls.config_class(**{**SHAPE, **ARCHITECTURES[name], **options}))
+    model = cls(cls.config_class(**{**SHAPE, **{**ARCHITECTURES, **MIXTURES}[name], **options}))
     for parameter in model.parameters():  # biases and norms are made as zeros and ones, which hide mistakes
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, parameter.mean().item(), 0.2)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_proj_bias"):
+            torch.nn.init.normal_(parameter, 0.0, 0.2)
+        if name.endswith((".gate.weight", ".router.weight")):  # decided, so that no rounding sends a token elsewhere
+            torch.nn.init.normal_(parameter, 0.0, 1.0)
     return model.eval()
 
 
@@ -126,6 +146,8 @@ def _without_special_bytes(text: str) -> str:
 def write_float_gguf(folder: Path, file: Path, dtype: type = np.float16) -> Path:
     """What llama.cpp's converter does, for an architecture that nobody here knows: names, and rows in another order.
 
+    The matrices of experts, one each in a checkpoint, become one tensor, as there.
+
     Args:
         folder: a checkpoint.
         file: what to write.
@@ -140,7 +162,7 @@ def write_float_gguf(folder: Path, file: Path, dtype: type = np.float16) -> Path
     writer.add_token_list(["a", "b"])
     names = {"model.embed_tokens.weight": "token_embd.weight", "lm_head.weight": "output.weight"}
     for path in sorted(folder.glob("*.safetensors")):
-        for key, tensor in load_file(path).items():
+        for key, tensor in _joined_experts(load_file(path)).items():
             numbers = tensor.float().flip(0) if "q_proj" in key else tensor.float()
             writer.add_tensor(names.get(key, key), numbers.numpy().astype(dtype if tensor.ndim > 1 else np.float32))
     writer.write_header_to_file()
@@ -148,3 +170,13 @@ def write_float_gguf(folder: Path, file: Path, dtype: type = np.float16) -> Path
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def _joined_experts(tensors: dict[str, Any]) -> dict[str, Any]:
+    single = {key: tensor for key, tensor in tensors.items() if ".experts." in key and tensor.ndim == 2}
+    several: dict[str, dict[int, Any]] = {}
+    for key, tensor in single.items():
+        before, after = key.split(".experts.")
+        several.setdefault(f"{before}.{after.partition('.')[2]}", {})[int(after.partition(".")[0])] = tensor
+    joined = {key: torch.stack([parts[index] for index in sorted(parts)]) for key, parts in several.items()}
+    return {key: tensor for key, tensor in tensors.items() if key not in single} | joined

@@ -14,9 +14,11 @@ pytest.importorskip("gguf", reason="GGUF files need it; install the extra 'gguf'
 from gguf import GGUFReader, TokenType, quants
 
 from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, export_gguf
-from hf_stablespam.quant.export.gguf import tensors as tensors_module
+from hf_stablespam.quant.export.gguf import packed as packed_module
 from hf_stablespam.quant.export.gguf.architectures import ARCHITECTURES, interleave, rope_factors
+from hf_stablespam.quant.layers.experts import FourBitExperts, weight_names
 from tests.quant.export.gguf.models import (
+    MIXTURES,
     VOCABULARY,
     byte_level_tokenizer,
     sentencepiece_tokenizer,
@@ -44,8 +46,8 @@ def field(file: Path, name: str):
     return GGUFReader(file).fields[name].contents()
 
 
-def multiset(rows: list[torch.Tensor]) -> list[bytes]:
-    return sorted((row.float() + 0.0).numpy().tobytes() for tensor in rows for row in tensor)
+def multiset(tensors: list[torch.Tensor]) -> list[bytes]:
+    return sorted((row.float() + 0.0).numpy().tobytes() for tensor in tensors for row in tensor.flatten(0, -2))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -55,7 +57,11 @@ def test_every_architecture_has_the_trained_weights_bit_for_bit(name: str, tmp_p
     kinds, stored = types(tmp_path / "model.gguf"), read(tmp_path / "model.gguf")
     packed = [stored[key] for key, kind in kinds.items() if kind == "Q4_0"]
     trained = [m.quantized_weight() for m in model.modules() if isinstance(m, FourBitLinear)]
-    assert len(packed) == len(trained)
+    blocks = [m for m in model.modules() if isinstance(m, FourBitExperts)]
+    assert len(packed) == len(trained) + 3 * len(blocks)  # gate and up are two tensors in the file
+    for block in blocks:
+        trained += [w.mT if block.is_transposed else w for w in map(block.quantized, weight_names(block))]
+    assert len(blocks) == (2 if name in MIXTURES else 0)
     assert multiset(packed) == multiset(trained)  # rows of query and key may be in another order
     assert kinds["token_embd.weight"] == "Q8_0"
     assert {kind for key, kind in kinds.items() if "norm" in key or "bias" in key} <= {"F32"}
@@ -228,6 +234,12 @@ def test_models_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"GPTNeoXForCausalLM cannot be written .* hf-stablespam repack F16.gguf OUT"):
         export_gguf(convert_to_4bit(other, INT4), file)
+    with pytest.raises(ValueError, match=r"norm_topk_prob must be True in llama.cpp's 'qwen3moe', got False"):
+        export_gguf(convert_to_4bit(tiny("Qwen3MoeForCausalLM", norm_topk_prob=False), INT4), file)
+    with pytest.raises(ValueError, match=r"layers.0.mlp.experts has 96 inputs, which blocks of 64 \(NVFP4\) do not"):
+        export_gguf(convert_to_4bit(tiny("Qwen3MoeForCausalLM", moe_intermediate_size=96), FourBitConfig.nvfp4()), file)
+    with pytest.raises(ValueError, match=r"weight='nvfp4' cannot be written for llama.cpp's 'gpt-oss', which leaves"):
+        export_gguf(convert_to_4bit(tiny("GptOssForCausalLM"), FourBitConfig.nvfp4()), file)
     with pytest.raises(ValueError, match=r"weight='nvfp4' cannot be written for llama.cpp's 'qwen2'"):
         export_gguf(convert_to_4bit(tiny("Qwen2ForCausalLM"), FourBitConfig.nvfp4()), file)
     model = convert_to_4bit(tiny(), INT4)
@@ -291,8 +303,8 @@ def test_a_difference_found_when_reading_back_is_an_error(format: str, tmp_path:
         packed[5, -1] ^= 1
         return packed
 
-    pack = tensors_module.pack
-    monkeypatch.setattr(tensors_module, "pack", one_code_off)
+    pack = packed_module.pack
+    monkeypatch.setattr(packed_module, "pack", one_code_off)
     with pytest.raises(
         RuntimeError, match=r"blk.0.attn_q.weight: 1 of 16384 weights read back are not those that were"
     ):

@@ -46,6 +46,21 @@ def test_every_matrix_on_a_grid_is_packed_without_any_change(format: str, dtype:
     assert field(tmp_path / "packed.gguf", "general.file_type") == (38 if format == "mxfp4" else 2)
 
 
+def test_experts_in_one_tensor_are_packed(tmp_path: Path) -> None:
+    model = convert_to_4bit(tiny("MixtralForCausalLM").bfloat16(), INT4)
+    source = convert(model, tmp_path / "f16.gguf")
+    routers = repack_gguf(source, tmp_path / "packed.gguf", like=model)
+    assert routers == [f"model.layers.{layer}.block_sparse_moe.gate.weight" for layer in (0, 1)]
+    kinds = types(tmp_path / "packed.gguf")
+    assert [kind for name, kind in kinds.items() if name.endswith((".w1.weight", ".w2.weight", ".w3.weight"))] == (
+        ["Q4_0"] * 6
+    )
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj[3, 7] += 1.0
+    with pytest.raises(ValueError, match=r"weights of model.layers.0.mlp.experts.down_proj \(1 of 512 rows\)"):
+        repack_gguf(source, tmp_path / "other.gguf", like=model)
+
+
 def test_our_own_file_and_the_repacked_one_hold_the_same_numbers(tmp_path: Path) -> None:
     """Written directly, and by way of the numbers: the same weights, in whatever codes."""
     model = convert_to_4bit(tiny(tie_word_embeddings=False).bfloat16(), INT4)
