@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import _record, faults
+from benchmarks import _record, fault_methods, faults
 from hf_stablespam import FourBitLinear
 
 STEPS = 10
@@ -136,3 +136,58 @@ def test_the_bounds_table_has_a_column_for_each_seed():
     assert lines[0] == "| 5 % of 500 steps | seed 0 | seed 1 |"
     assert lines[2] == "| none: the loss | 4.0 | 5.0 |"
     assert "| nan | – | -1.00% |" in lines
+
+
+def test_parts_and_what_one_would_take_instead_run_once_each():
+    runs = list(faults.part_runs((0,)))
+    assert len(runs) == len(set(runs)) == 7 * (1 + 2 * 2 + 2)
+    assert {run.times for run in runs} == {1, 2, 4}
+
+
+def test_adagc_holds_a_tensor_to_its_own_norms():
+    """By hand: the mean begins as the smallest norm of the first phase; a spike passes with 1.05 times the mean."""
+    param = torch.nn.Parameter(torch.zeros(2))
+    clip = fault_methods.AdaGC(steps=20)  # two steps of clipping to a norm of 1
+    for grad, passed in (([0.6, 0.8], 1.0), ([0.3, 0.4], 0.5), ([30.0, 40.0], 1.05 * 0.5), ([0.1, 0.0], 0.1)):
+        param.grad = torch.tensor(grad)
+        clip([param])
+        assert param.grad.norm().item() == pytest.approx(passed)
+    mean = 0.98 * 0.5 + 0.02 * 1.05 * 0.5
+    assert clip.norms[id(param)].item() == pytest.approx(0.98 * mean + 0.02 * 0.1)
+
+
+def test_zclip_lets_usual_norms_pass_and_lowers_an_outlier():
+    param = torch.nn.Parameter(torch.zeros(1))
+    clip = fault_methods.ZClip(first=4)
+    for value in (1.0, 3.0, 1.0, 3.0):  # mean 2, deviation 1
+        param.grad = torch.tensor([value])
+        clip([param])
+        assert param.grad.item() == value
+    param.grad = torch.tensor([12.0])  # z = 10
+    clip([param])
+    assert param.grad.item() == pytest.approx(2 + 2.5**2 / 10, rel=1e-4)
+    mean = 0.97 * 2 + 0.03 * 2.625
+    assert clip.mean.item() == pytest.approx(mean, rel=1e-4)
+    assert clip.variance.item() == pytest.approx(0.97 + 0.03 * (2.625 - mean) ** 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", [*fault_methods.PARTS, *fault_methods.INSTEAD])
+def test_each_part_and_each_alternative_trains(corpus, optimizer):
+    row = faults.train(faults.Run(optimizer, "tensor x 1e3", 0.2, seed=0, steps=STEPS), corpus)
+    assert row["nan_steps"] == 0
+
+
+def test_the_table_of_the_parts_is_of_the_seeds_that_all_have():
+    def row(optimizer, seed, loss, times="1"):
+        named = {"optimizer": optimizer, "fault": "none", "rate": "0.0", "steps": "100", "times": times}
+        return {**named, "seed": seed, "final_loss": loss, "nan_steps": "0", "survived": "True"}
+
+    rows = [
+        row("Stable-SPAM", "0", "5"),
+        row("Stable-SPAM", "1", "7"),
+        row("ZClip", "0", "6"),
+        row("ZClip", "0", "8", "4"),
+    ]
+    lines = faults.parts_table(rows).splitlines()
+    assert "| none | 0.003 | 5.000 | – | – | – | – | 6.000 | – |" in lines
+    assert "| none | 0.012 | – | – | – | – | – | 8.000 | – |" in lines
