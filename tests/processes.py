@@ -1,5 +1,10 @@
-"""Several gloo processes on the CPU, for the tests of what is distributed."""
+"""Several gloo processes on the CPU, for the tests of what is distributed.
 
+They are forked from a server that has imported the large libraries and nothing of ours, and has run nothing: importing
+the Trainer anew takes each process ten seconds, more than most tests of it.
+"""
+
+import multiprocessing
 import os
 import socket
 import sys
@@ -14,6 +19,9 @@ import torch.multiprocessing as mp
 from filelock import FileLock
 
 TIMEOUT = timedelta(minutes=3)
+multiprocessing.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "transformers.trainer", "peft"]
+)
 
 
 def run_processes(world_size: int, function: Callable[..., None], *arguments: object) -> None:
@@ -24,13 +32,17 @@ def run_processes(world_size: int, function: Callable[..., None], *arguments: ob
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_process, (world_size, port, function, arguments), nprocs=world_size)
+    given = (world_size, port, dict(os.environ), function, arguments)
+    mp.start_processes(_process, given, nprocs=world_size, start_method="forkserver")
 
 
-def _process(rank: int, world_size: int, port: int, function: Callable[..., None], arguments: tuple) -> None:
+def _process(
+    rank: int, world_size: int, port: int, environment: dict, function: Callable[..., None], arguments: tuple
+) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     os.environ.update(
+        environment,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),

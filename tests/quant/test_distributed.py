@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit
+from tests.processes import run_processes
 
 STEPS = 3
+KINDS = ("ddp", "fsdp2")
 
 
 class Block(nn.Module):
@@ -45,10 +44,13 @@ def train(model: nn.Module, rows: slice) -> None:
         optimizer.zero_grad()
 
 
-def work(rank: int, kind: str, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    dist.init_process_group("gloo")
+def work(folder: Path) -> None:
+    for kind in KINDS:
+        train_as(kind, folder / f"{kind}.pt")
+
+
+def train_as(kind: str, file: Path) -> None:
+    rank = dist.get_rank()
     model = make()
     if kind == "ddp":
         model = DistributedDataParallel(model)
@@ -69,21 +71,17 @@ def work(rank: int, kind: str, port: int, folder: str) -> None:
         key: getattr(value, "full_tensor", lambda value=value: value)() for key, value in inner.state_dict().items()
     }
     if rank == 0:
-        torch.save(state, Path(folder) / "state.pt")
+        torch.save(state, file)
     dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one(kind: str, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, args=(kind, port, str(tmp_path)), nprocs=2)
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    run_processes(2, work, tmp_path)
     reference = make()
     train(reference, slice(0, 8))
-    state = torch.load(tmp_path / "state.pt")
-    assert list(state) == list(reference.state_dict())
-    for key, value in reference.state_dict().items():
-        torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-6)
+    for kind in KINDS:
+        state = torch.load(tmp_path / f"{kind}.pt")
+        assert list(state) == list(reference.state_dict())
+        for key, value in reference.state_dict().items():
+            torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-6)

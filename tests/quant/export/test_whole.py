@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -23,6 +21,7 @@ from hf_stablespam._atomic import atomic_file, atomic_folder
 from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit
 from hf_stablespam.quant.export.checks import check_packable
 from hf_stablespam.quant.export.unpacked import export_unpacked
+from tests.processes import run_processes
 
 INT4 = FourBitConfig("int4", None, group_size=32)
 IDS = torch.arange(16).reshape(2, 8)
@@ -140,27 +139,20 @@ def test_experts_in_high_precision_beside_packed_layers(left: dict[str, Any], tm
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    dist.init_process_group("gloo")
+def work(folder: Path) -> None:
     model = convert_to_4bit(llama(tie_word_embeddings=True), INT4)
     for layer in model.model.layers:
         fully_shard(layer, mesh=(mesh := init_device_mesh("cpu", (2,))))
     fully_shard(model, mesh=mesh)
-    export_4bit(model, Path(folder) / "sharded", is_main_process=rank == 0)
-    export_unpacked(model, Path(folder) / "sharded-unpacked", is_main_process=rank == 0)
+    export_4bit(model, folder / "sharded", is_main_process=dist.get_rank() == 0)
+    export_unpacked(model, folder / "sharded-unpacked", is_main_process=dist.get_rank() == 0)
     dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_export_the_same_files_as_one(tmp_path: Path) -> None:
     """The memory of a gathered tensor is given to the next one: tensors are known by their parameters."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, args=(port, str(tmp_path)), nprocs=2)
+    run_processes(2, work, tmp_path)
     model = convert_to_4bit(llama(tie_word_embeddings=True), INT4)
     export_4bit(model, tmp_path / "one")
     export_unpacked(model, tmp_path / "one-unpacked")
