@@ -23,8 +23,8 @@ from llama_cpp import LlamaCpp
 from qat_to_gguf import HANDBOOK, load, perplexity, read_pages, split_pages
 
 from hf_stablespam import FourBitConfig, convert_to_4bit, export_gguf, restore_linear
-from hf_stablespam.quant import formats
 from hf_stablespam.quant.export.checks import four_bit_layers
+from hf_stablespam.quant.formats.number_formats import FORMATS, Format
 
 KL_EVERY = 8  # tokens
 
@@ -123,13 +123,15 @@ def main() -> None:
                 "perplexity_llama_cpp": round(engine.perplexity(windows), 3),
                 "kl": round(divergence(model, engine, windows[0]), 5),
                 "kl_int8_inputs": "",
+                "perplexity_int8_inputs": "",
             }
             if options.kl:
                 # llama.cpp's own rounding of inputs: 8 bits, a scale for each block of 32.
-                formats.FORMATS["int8"] = formats.Format("int8", -127, 127, anchor=127)
+                FORMATS["int8"] = Format("int8", -127, 127, anchor=127)
                 inputs = FourBitConfig(name, "int8", group_size=32, activation_outliers=0)
                 convert_to_4bit(restore_linear(model), inputs)
                 row["kl_int8_inputs"] = round(divergence(model, engine, windows[0]), 5)
+                row["perplexity_int8_inputs"] = round(perplexity(model, windows), 3)
             del engine
         if name.startswith("int4"):
             convert_to_4bit(restore_linear(model), config_of(name))

@@ -10,8 +10,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_stablespam import FourBitCallback, FourBitConfig
+from tests.quant.layers.test_experts import mixture
 from tests.trainer.helpers import RandomTokens, arguments, optimizer_of, tiny_llama, training_logs
 
+MIXTURES = {
+    "qwen3_moe": FourBitConfig(activation="int4", group_size=32),
+    "gpt_oss": FourBitConfig(weight="mxfp4", activation="mxfp4"),
+}
 STEPS = 20
 SPIKE_STEP, RESET_INTERVAL = 9, 6
 GLOBAL_BATCH = 4
@@ -80,6 +85,27 @@ def run(
         train_dataset=RandomTokens(rows=STEPS * 2 * GLOBAL_BATCH),
         callbacks=[FourBitCallback(FourBitConfig(group_size=8)), Spike(), Stop(stop_at)],
     )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def run_mixture(output_dir, family: str, *, fsdp: bool, resume: str | None = None, **overrides) -> Trainer:
+    """Four steps of a mixture, with gradient checkpointing; the first two are saved."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    options = {
+        "max_steps": 4,
+        "per_device_train_batch_size": GLOBAL_BATCH // world_size,
+        "gradient_checkpointing": True,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        **(fsdp_options() if fsdp else {}),
+        **overrides,
+    }
+    args = arguments(output_dir, **options)
+    if fsdp:
+        let_fsdp_run_on_the_cpu(args)
+    callbacks = [FourBitCallback(MIXTURES[family])]
+    trainer = Trainer(mixture(family), args, train_dataset=RandomTokens(rows=16), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

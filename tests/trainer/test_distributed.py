@@ -45,6 +45,15 @@ def train_on_two(folder: Path) -> None:
     options = {"fsdp": KINDS[0], "trainer_cls": OwnSchedule}
     for name, more in {"own": SAVING, "own resumed": {"resume": str(folder / "own" / CHECKPOINT)}}.items():
         keep(folder, name, distributed.run(folder / name, **options, **more))
+    train_mixtures(folder)
+
+
+def train_mixtures(folder: Path) -> None:
+    """On two processes; those of `train_on_two`, so that no others are started."""
+    for family in distributed.MIXTURES:
+        keep(folder, family, distributed.run_mixture(folder / family, family, fsdp=True))
+        again = {"resume": str(folder / family / "checkpoint-2"), "save_strategy": "no"}
+        keep(folder, f"{family} resumed", distributed.run_mixture(folder / "again", family, fsdp=True, **again))
 
 
 def resume_on_one(folder: Path) -> None:
@@ -132,6 +141,20 @@ def test_resuming_under_a_schedule_of_the_scripts_own(results):
 @pytest.mark.parametrize("name", ["one to two", "two to one"])
 def test_resuming_on_another_number_of_processes_goes_on_the_same(results, expected, name, kind):
     assert_same_training(load(results, f"{name} {kind}"), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", distributed.MIXTURES)
+def test_a_mixture_on_two_processes(results, tmp_path, family):
+    """FSDP2 with 4-bit experts trains as one process does, and resumes exactly."""
+    two, resumed = load(results, family), load(results, f"{family} resumed")
+    one = distributed.result_of(distributed.run_mixture(tmp_path, family, fsdp=False))
+    assert two["sharded"] == sorted(one["weights"])
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(two["weights"], one["weights"], rtol=0, atol=1e-4)
+    assert two["losses"] == resumed["losses"]
+    for part in ("weights", "states"):
+        torch.testing.assert_close(two[part], resumed[part], rtol=0, atol=0)
 
 
 def test_the_run_has_what_it_is_to_be_tested_with(expected, tmp_path):

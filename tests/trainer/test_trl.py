@@ -25,6 +25,8 @@ from hf_stablespam import (
     StableSPAM,
     convert_to_4bit,
 )
+from hf_stablespam.quant.layers.experts import FourBitExperts
+from tests.quant.layers.test_experts import TOKENS, mixture
 from tests.trainer.helpers import optimizer_of, tiny_llama, training_logs
 
 trl = pytest.importorskip("trl", reason="trl is not installed: it is tested by `make test-versions`")
@@ -109,6 +111,38 @@ def test_trains(tmp_path, kind, adapter):
     rows = training_logs(trainer)
     assert [row["momentum/resets"] for row in rows] == [0, 1, 0, 1]
     assert all("gradients/norm" in row for row in rows)
+
+
+MIXTURES = {
+    "qwen3_moe": FourBitConfig(group_size=32, adapters="merged"),
+    "gpt_oss": FourBitConfig(weight="mxfp4", activation="mxfp4", adapters="merged"),
+}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_sft_of_a_mixture_with_adapters_on_its_experts(tmp_path, family):
+    """With gradient checkpointing; the merged experts are those of training, and the run resumes exactly."""
+    experts = ["experts.gate_up_proj", "experts.down_proj"]
+    rows = Dataset.from_dict({"text": [sentence(i) for i in range(16)]})
+
+    def trainer_of(folder, **more):
+        args = trl.SFTConfig(**options(folder, gradient_checkpointing=True, **more))
+        lora = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=experts, task_type="CAUSAL_LM")
+        common = {"processing_class": tokenizer(), "callbacks": [FourBitCallback(MIXTURES[family])]}
+        return trl.SFTTrainer(mixture(family), args=args, train_dataset=rows, peft_config=lora, **common)
+
+    straight = trainer_of(tmp_path / "straight", save_strategy="steps", save_steps=2)
+    straight.train()
+    resumed = trainer_of(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    trained = {name: p.detach() for name, p in straight.model.named_parameters() if p.requires_grad}
+    again = dict(resumed.model.named_parameters())
+    assert any("experts" in name and "lora_B" in name and p.count_nonzero() for name, p in trained.items())
+    assert all(torch.equal(p, again[name]) for name, p in trained.items())
+    logits = straight.model.eval()(TOKENS).logits
+    merged = straight.model.merge_and_unload()
+    assert any(isinstance(module, FourBitExperts) for module in merged.modules())
+    torch.testing.assert_close(merged(TOKENS).logits, logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

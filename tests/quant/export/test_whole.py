@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from pathlib import Path
@@ -14,11 +15,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 pytest.importorskip("compressed_tensors", reason="export needs it; install the extra 'export'")
+import peft
 import safetensors.torch
 import transformers as tf
 
 from hf_stablespam._atomic import atomic_file, atomic_folder
-from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit
+from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit, export_gguf
 from hf_stablespam.quant.export.checks import check_packable
 from hf_stablespam.quant.export.unpacked import export_unpacked
 from tests.processes import run_processes
@@ -139,14 +141,47 @@ def test_experts_in_high_precision_beside_packed_layers(left: dict[str, Any], tm
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
-def work(folder: Path) -> None:
-    model = convert_to_4bit(llama(tie_word_embeddings=True), INT4)
+def sharded(model: tf.PreTrainedModel) -> tf.PreTrainedModel:
+    mesh = init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
-        fully_shard(layer, mesh=(mesh := init_device_mesh("cpu", (2,))))
-    fully_shard(model, mesh=mesh)
-    export_4bit(model, folder / "sharded", is_main_process=dist.get_rank() == 0)
-    export_unpacked(model, folder / "sharded-unpacked", is_main_process=dist.get_rank() == 0)
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def mixture() -> tf.PreTrainedModel:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    return tf.GptOssForCausalLM(tf.GptOssConfig(num_attention_heads=4, num_local_experts=4, pad_token_id=0, **shape))
+
+
+GGUF = {
+    "nvfp4": lambda: convert_to_4bit(llama(tie_word_embeddings=True), FourBitConfig("nvfp4", None)),
+    "mixture": lambda: convert_to_4bit(mixture(), FourBitConfig("mxfp4", None)),
+}
+
+
+def work(folder: Path) -> None:
+    main = dist.get_rank() == 0
+    model = sharded(convert_to_4bit(llama(tie_word_embeddings=True), INT4))
+    export_4bit(model, folder / "sharded", is_main_process=main)
+    export_unpacked(model, folder / "sharded-unpacked", is_main_process=main)
+    if importlib.util.find_spec("gguf") is not None:
+        for name, make in GGUF.items():
+            export_gguf(sharded(make()), folder / f"sharded {name}.gguf", is_main_process=main)
+    refuse_adapters_that_are_wrapped_by_themselves()
     dist.barrier()
+
+
+def refuse_adapters_that_are_wrapped_by_themselves() -> None:
+    """As FSDP2 is told to by a policy that names LoRA's small layers: their weights are shards outside of them."""
+    model = convert_to_4bit(llama(), FourBitConfig("int4", None, group_size=32, adapters="merged"))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    convert_to_4bit(adapted, FourBitConfig("int4", None, group_size=32, adapters="merged"))
+    for name, module in adapted.named_modules():
+        if name.endswith(("lora_A.default", "lora_B.default")):
+            fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(ValueError, match=r"lora_A and lora_B are sharded by themselves.*wrap whole blocks by FSDP2"):
+        adapted(IDS)
 
 
 @pytest.mark.slow
@@ -160,3 +195,6 @@ def test_two_processes_export_the_same_files_as_one(tmp_path: Path) -> None:
         sharded, one = (files(tmp_path / f"{kind}{name}") for kind in ("sharded", "one"))
         assert sharded.keys() == one.keys()
         assert all(sharded[file] == one[file] for file in one), name
+    for name, make in GGUF.items() if importlib.util.find_spec("gguf") is not None else ():
+        export_gguf(make(), tmp_path / f"one {name}.gguf")
+        assert (tmp_path / f"sharded {name}.gguf").read_bytes() == (tmp_path / f"one {name}.gguf").read_bytes(), name

@@ -122,7 +122,7 @@ def architecture_of(model: Any) -> Architecture:
     Raises:
         ValueError: its class is not in the table, or its configuration has what llama.cpp's architecture has not.
     """
-    name = type(model).__name__
+    name = _own_class(model).__name__
     if name not in ARCHITECTURES:
         raise ValueError(
             f"{name} cannot be written as GGUF directly, which {', '.join(ARCHITECTURES)} can; write its 4-bit numbers"
@@ -158,6 +158,14 @@ def architecture_of(model: Any) -> Architecture:
             " prune_attention=False"
         )
     return architecture
+
+
+def _own_class(model: Any) -> type:
+    """The model's class, without the one that FSDP2 makes of it."""
+    cls = type(model)
+    while any(base.__name__ == "FSDPModule" for base in cls.__bases__):
+        cls = next(base for base in cls.__bases__ if base.__name__ != "FSDPModule")
+    return cls
 
 
 def _with_unequal_widths(architecture: Architecture) -> Architecture:

@@ -83,7 +83,8 @@ def export_gguf(
     architecture = architecture_of(model)
     plans = tensor_plans(model, architecture, embedding)
     if not is_main_process:
-        for plan in [*plans, *plans]:  # gathers the shards for the main process: once to write, once to verify
+        # Gathers the shards as the main process does: of all to write them, then of those that are verified.
+        for plan in [*plans, *(plan for plan in plans if plan.verify is not None)]:
             plan.data()
         return
     vocabulary = None
