@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from textwrap import dedent
 
 import pytest
 import torch
@@ -61,6 +63,32 @@ def _process(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def run_code(code: str, *arguments: object) -> tuple[str, str]:
+    """What `code` writes to stdout and stderr in a new process, with `arguments` in `sys.argv[1:]`.
+
+    There transformers has been imported, and nothing of ours: for what other tests must not have touched.
+    """
+    with TemporaryDirectory() as folder:
+        given = (dedent(code), [str(argument) for argument in arguments], dict(os.environ), folder)
+        process = multiprocessing.get_context("forkserver").Process(target=_execute, args=given)
+        process.start()
+        process.join(TIMEOUT.total_seconds())
+        written, errors = ((Path(folder) / name).read_text() for name in STREAMS)
+    assert process.exitcode == 0, errors
+    return written, errors
+
+
+STREAMS = ("stdout", "stderr")
+
+
+def _execute(code: str, arguments: list[str], environment: dict, folder: str) -> None:
+    os.environ.update(environment)
+    for descriptor, name in enumerate(STREAMS, start=1):
+        os.dup2(os.open(Path(folder) / name, os.O_WRONLY | os.O_CREAT), descriptor)
+    sys.argv[1:] = arguments
+    exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
 
 
 def run_once(factory: pytest.TempPathFactory, name: str, function: Callable[[Path], None]) -> Path:

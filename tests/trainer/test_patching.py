@@ -1,12 +1,10 @@
 """Methods of other libraries are wrapped once, and come back as they were."""
 
-import subprocess
-import sys
-
 import pytest
 
 from hf_stablespam.trainer import patching
 from tests.docs.pages import ROOT
+from tests.processes import run_code
 
 
 class Owner:
@@ -105,9 +103,8 @@ assert transformers.TrainingArguments("out", optim="stable_spam", max_grad_norm=
 
 
 def test_unregistering_leaves_the_originals_and_the_page_names_all_that_is_wrapped():
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    written, _ = run_code(CODE)
     rows = [
         line.split("`")[1] for line in (ROOT / "docs/patches.md").read_text().splitlines() if line.startswith("| `")
     ]
-    assert sorted(rows) == eval(done.stdout.splitlines()[-1])
+    assert sorted(rows) == eval(written.splitlines()[-1])

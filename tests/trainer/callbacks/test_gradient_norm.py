@@ -3,14 +3,13 @@
 import itertools
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
 from hf_stablespam import FourBitCallback, FourBitConfig, FourBitLinear, GradientNormCallback
+from tests.processes import run_code
 from tests.trainer.callbacks.gradient_helpers import KeepNorms, Spike
 from tests.trainer.helpers import tiny_trainer, training_logs
 
@@ -308,19 +307,20 @@ def test_a_callback_given_as_a_class_reports_as_well(tmp_path):
 
 def test_importing_changes_nothing_but_the_registration():
     """In a new process: here other tests have made callbacks."""
-    code = (
-        "import accelerate, transformers.trainer_callback as t\n"
-        "before = [accelerate.Accelerator.clip_grad_norm_, accelerate.Accelerator.backward, t.CallbackHandler.on_log]\n"
-        "import hf_stablespam\n"
-        "from hf_stablespam.trainer.callbacks import gradient_norm, momentum_reset\n"
-        "def now(): return [accelerate.Accelerator.clip_grad_norm_, accelerate.Accelerator.backward,"
-        " t.CallbackHandler.on_log]\n"
-        "assert now() == before\n"
-        "hf_stablespam.GradientNormCallback()\n"
-        "once = now()\n"
-        "assert not any(a == b for a, b in zip(once, before))\n"
-        "hf_stablespam.GradientNormCallback(); hf_stablespam.MomentumResetCallback(every=5)\n"
-        "hf_stablespam.SpikeRecorder()\n"
-        "assert now() == once\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    run_code("""
+        import accelerate, transformers.trainer_callback as t
+
+        def now():
+            return [accelerate.Accelerator.clip_grad_norm_, accelerate.Accelerator.backward, t.CallbackHandler.on_log]
+
+        before = now()
+        import hf_stablespam
+        from hf_stablespam.trainer.callbacks import gradient_norm, momentum_reset
+        assert now() == before
+        hf_stablespam.GradientNormCallback()
+        once = now()
+        assert not any(a == b for a, b in zip(once, before))
+        hf_stablespam.GradientNormCallback(); hf_stablespam.MomentumResetCallback(every=5)
+        hf_stablespam.SpikeRecorder()
+        assert now() == once
+    """)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, pipeli
 from hf_stablespam import FourBitCallback, FourBitConfig, convert_to_4bit, register, restore_linear, unregister
 from hf_stablespam.quant import FourBitLinear
 from hf_stablespam.trainer.export_checkpoint import export_checkpoint
+from tests.processes import run_code
 from tests.quant.export.gguf.models import byte_level_tokenizer, tiny
 from tests.trainer.helpers import RandomTokens, arguments
 
@@ -91,9 +90,9 @@ def test_an_unregistered_process_is_told_the_packages_name(loaded: LlamaForCausa
         f"model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r});"
         "print(type(model.model.layers[0].mlp.up_proj).__name__, 'hf_stablespam' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.split() == ["Linear", "False"]
-    assert "hf_stablespam" in done.stderr
+    written, errors = run_code(code)
+    assert written.split() == ["Linear", "False"]
+    assert "hf_stablespam" in errors
 
 
 def test_another_configuration_in_the_callback_is_refused(loaded: LlamaForCausalLM, tmp_path: Path) -> None:

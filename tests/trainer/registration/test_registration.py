@@ -14,18 +14,22 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 import hf_stablespam
+from tests.processes import run_code
 from tests.trainer.helpers import arguments
 
 VALUES = [member.value for member in OptimizerNames]
 
 
-def run_python(code: str, *args: str) -> str:
-    """The last line that a fresh interpreter prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *args], capture_output=True, text=True, check=False
-    )
+def run_python(code: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
+    return done.stdout
+
+
+def run_forked(code: str) -> str:
+    """What a new process prints in which transformers has been imported before."""
+    return run_code(code)[0]
 
 
 def test_is_a_member_of_the_enum():
@@ -93,7 +97,7 @@ def test_training_args_open_without_the_plugin(tmp_path):
         assert "hf_stablespam" not in sys.modules
         print(args.optim)
     """
-    assert run_python(code, str(tmp_path / "training_args.bin")) == "stable_spam"
+    assert run_code(code, tmp_path / "training_args.bin")[0] == "stable_spam\n"
 
 
 def test_importing_the_package_loads_neither_torch_nor_transformers():
@@ -101,17 +105,20 @@ def test_importing_the_package_loads_neither_torch_nor_transformers():
         import sys, hf_stablespam
         print({"torch", "transformers", "numpy"} & set(sys.modules))
     """
-    assert run_python(code) == "set()"
+    assert run_python(code) == "set()\n"
 
 
-@pytest.mark.parametrize("imports", ["hf_stablespam, transformers.trainer", "transformers.trainer, hf_stablespam"])
-def test_is_registered_whichever_is_imported_first(imports):
+@pytest.mark.parametrize(("run", "transformers_is_first"), [(run_python, False), (run_forked, True)])
+def test_is_registered_whichever_is_imported_first(run, transformers_is_first):
     """And the source of a module that was hooked is still found, as debuggers and `torch.compile` need it."""
-    code = f"""
-        import inspect, {imports}
+    code = """
+        import inspect, sys
+        print("transformers.trainer" in sys.modules)
+        import hf_stablespam, transformers.trainer
         from transformers import Trainer, TrainingArguments
         assert "class Trainer" in inspect.getsource(Trainer)
         args = TrainingArguments("out", optim="stable_spam", report_to=[], max_grad_norm=0)
         print(Trainer.get_optimizer_cls_and_kwargs(args)[0].__name__)
     """
-    assert run_python(code) == "StableSPAM"
+    lines = run(code).splitlines()  # wandb's among them
+    assert (lines[0], lines[-1]) == (str(transformers_is_first), "StableSPAM")
