@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import math
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -39,58 +38,32 @@ import qat_to_gguf as example
 from corpus import evenly_spaced
 
 from benchmarks import _queue, _record
-from hf_stablespam import FourBitCallback, FourBitConfig, convert_to_4bit, export_gguf, restore_linear
+from benchmarks.qat_record import (
+    EVALUATIONS,
+    FILES,
+    FORMATS,
+    FULL,
+    GGUF,
+    LARGEST,
+    LOADED,
+    NAME,
+    RATES,
+    SEEDS,
+    SMALLEST,
+    STEPS,
+    WARM_UP,
+    WINDOWS,
+    Record,
+    Run,
+    perplexity_of,
+    read_record,
+)
+from hf_stablespam import FourBitCallback, convert_to_4bit, export_gguf, restore_linear
 
-NAME, FILES = "qat_smollm2", Path("runs/qat_smollm2")
-STEPS, WARM_UP, EVALUATIONS = 40, 4, 4
-WINDOWS = 20  # of 128 held-out tokens, from all over the pages
-RATES, SEEDS = (2e-4, 4e-4, 1e-4), (0, 1, 2)
-SMALLEST, LARGEST = 2.5e-5, 1.6e-3  # where the search for the best rate ends
-FULL, GGUF = "full", "int4_signed_g32"
-FORMATS = {
-    GGUF: FourBitConfig.gguf(),
-    "w4a4_int4_g64": FourBitConfig("int4", "int4", group_size=64),
-    "nvfp4": FourBitConfig.nvfp4(),
-    "mxfp4": FourBitConfig("mxfp4", "mxfp4"),
-}
 METHODS: dict[str, dict[str, Any]] = {
     "adamw_clipped": {"optim": "adamw_torch", "max_grad_norm": 1.0},
     "stable_spam": {"optim": "stable_spam", "max_grad_norm": 0.0},
 }
-LOADED = "loaded"
-
-
-@dataclass(frozen=True)
-class Run:
-    """What sets one training apart; `precision` is that of the forward pass in training."""
-
-    method: str
-    precision: str
-    learning_rate: float
-    seed: int = SEEDS[0]
-    steps: int = STEPS
-
-    @classmethod
-    def from_row(cls, row: dict[str, str]) -> Run:
-        """The run that a row of the CSV describes."""
-        types = {"learning_rate": float, "seed": int, "steps": int}
-        return cls(**{each.name: types.get(each.name, str)(row[each.name]) for each in fields(cls)})
-
-
-Record = dict[Run, dict[str, str]]
-
-
-def read_record() -> Record:
-    """Every run on record, with its row."""
-    path = _record.RESULTS / f"{NAME}.csv"
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        return {Run.from_row(row): row for row in csv.DictReader(file)}
-
-
-def perplexity_of(record: Record, run: Run) -> float:
-    return float(record[run]["perplexity"])
 
 
 def search(base: Run, record: Record) -> tuple[list[Run], float | None]:

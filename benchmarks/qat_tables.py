@@ -1,0 +1,185 @@
+"""The tables and the figure of the real model's study, made from its rows alone.
+
+python benchmarks/qat_tables.py            # docs/images/qat-smollm2.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import _record
+from benchmarks.qat_record import FORMATS, FULL, GGUF, LOADED, NAME, STEPS, Record, Run, perplexity_of, read_record
+
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+LABELS = {"adamw_clipped": "AdamW + clipping", "stable_spam": "Stable-SPAM"}
+COLORS = {"adamw_clipped": "#E69F00", "stable_spam": "#0072B2"}
+TITLES = {
+    GGUF: "int4_signed, groups of 32",
+    "w4a4_int4_g64": "int4, weights and inputs, groups of 64",
+    "nvfp4": "NVFP4, weights and inputs",
+    "mxfp4": "MXFP4, weights and inputs",
+}
+
+
+def of_setting(record: Record, method: str, precision: str, steps: int = STEPS) -> dict[float, list[Run]]:
+    """Learning rate → the runs on record, one for each seed."""
+    found: dict[float, list[Run]] = {}
+    for run in record:
+        if (run.method, run.precision, run.steps) == (method, precision, steps):
+            found.setdefault(run.learning_rate, []).append(run)
+    return found
+
+
+def best(record: Record, method: str, precision: str, steps: int = STEPS) -> list[Run]:
+    """The runs at the learning rate whose first seed ended lowest, by seed; empty where there is none."""
+    found = of_setting(record, method, precision, steps)
+    if not found:
+        return []
+    first = {rate: min(runs, key=lambda run: run.seed) for rate, runs in found.items()}
+    rate = min(first, key=lambda rate: perplexity_of(record, first[rate]))
+    return sorted(found[rate], key=lambda run: run.seed)
+
+
+def rounded(record: Record, run: Run, precision: str) -> float:
+    """Perplexity of a run in full precision after rounding."""
+    return float(record[run][f"rounded_{precision}"])
+
+
+def spread(values: Iterable[float]) -> str:
+    """Mean and standard deviation; one value alone."""
+    numbers = list(values)
+    if not numbers:
+        return "–"
+    mean = f"{statistics.fmean(numbers):.2f}"
+    return f"{mean} ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else mean
+
+
+def table(record: Record) -> str:
+    """Markdown: one row for each format, the perplexity of each way to it."""
+    loaded = Run(LOADED, FULL, 0.0, steps=0)
+    tuned = best(record, "adamw_clipped", FULL)
+    names = ("format", "loaded, rounded", "fine-tuned, rounded", *(f"trained in it, {LABELS[m]}" for m in LABELS))
+    rows = [f"| {' | '.join(names)} |", f"|---|{'---:|' * (len(names) - 1)}"]
+    cells = [f"{perplexity_of(record, loaded):.2f}", spread(perplexity_of(record, run) for run in tuned)]
+    cells += [_cell(record, method, FULL) for method in LABELS]
+    cells[2] = "see left"
+    rows.append(f"| full precision | {' | '.join(cells)} |")
+    for precision, title in TITLES.items():
+        cells = [f"{rounded(record, loaded, precision):.2f}", spread(rounded(record, run, precision) for run in tuned)]
+        cells += [_cell(record, method, precision) for method in LABELS]
+        rows.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _cell(record: Record, method: str, precision: str) -> str:
+    runs = best(record, method, precision)
+    seeds = f" ({len(runs)} seed{'s' * (len(runs) > 1)})" if runs else ""
+    return spread(perplexity_of(record, run) for run in runs) + seeds
+
+
+def rates_table(record: Record) -> str:
+    """Markdown: every learning rate that was tried, first seeds."""
+    settings = [(m, p) for p in (*FORMATS, FULL) for m in LABELS if of_setting(record, m, p)]
+    rates = sorted({rate for m, p in settings for rate in of_setting(record, m, p)})
+    rows = [f"| optimizer | trained in | {' | '.join(f'{rate:g}' for rate in rates)} |"]
+    rows.append(f"|---|---|{'---:|' * len(rates)}")
+    for method, precision in settings:
+        found = of_setting(record, method, precision)
+        firsts = [min(found[rate], key=lambda run: run.seed) if rate in found else None for rate in rates]
+        values = ["–" if run is None else f"{perplexity_of(record, run):.2f}" for run in firsts]
+        rows.append(f"| {LABELS[method]} | {TITLES.get(precision, 'full precision')} | {' | '.join(values)} |")
+    return "\n".join(rows)
+
+
+def files_table() -> str:
+    """Markdown: what llama.cpp makes of the trained files."""
+    path = _record.RESULTS / f"{NAME}_gguf.csv"
+    rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+    lines = ["| run | rounded before | torch | llama.cpp | difference | MB |", "|---|---:|---:|---:|---:|---:|"]
+    for row in rows:
+        what = f"`{row['method']}`" if "/" in row["method"] else f"{LABELS[row['method']]}, {row['learning_rate']}"
+        before, off = row.get("perplexity_rounded") or "–", f"{float(row['off_percent']):+.2f} %"
+        numbers = (before, row["perplexity_torch"], row["perplexity_llama_cpp"], off, row["megabytes"])
+        lines.append(f"| {what} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
+def curve(record: Record, run: Run) -> list[tuple[int, float]]:
+    """Steps and perplexities along a run, from before its first step."""
+    loaded = Run(LOADED, FULL, 0.0, steps=0)
+    first = perplexity_of(record, loaded) if run.precision == FULL else rounded(record, loaded, run.precision)
+    points = (point.split(":") for point in record[run]["curve"].split())
+    return [(0, first), *((int(step), math.exp(float(loss))) for step, loss in points)]
+
+
+def figure(record: Record) -> plt.Figure:
+    """Left: perplexity over steps, with lines of full precision and of rounding afterwards; right: rounding's cost."""
+    drawing, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    tuned = best(record, "adamw_clipped", FULL)
+    for method, label in LABELS.items():
+        for index, run in enumerate(best(record, method, GGUF)):
+            text = f"trained in 4 bits, {label}" if index == 0 else None
+            left.plot(*zip(*curve(record, run), strict=True), color=COLORS[method], label=text, marker="o", ms=3)
+    if tuned:
+        full = statistics.fmean(perplexity_of(record, run) for run in tuned)
+        after = statistics.fmean(rounded(record, run, GGUF) for run in tuned)
+        left.axhline(after, color="#D55E00", linestyle=":", label=f"fine-tuned, then rounded: {after:.1f}")
+        left.axhline(full, color="#555555", linestyle="--", label=f"fine-tuned in full precision: {full:.1f}")
+    left.set(xlabel="update step", ylabel="perplexity of held-out pages", title=f"SmolLM2-135M, {TITLES[GGUF]}")
+    left.grid(alpha=0.3)
+    left.legend(fontsize="small")
+    _bars(right, record, tuned)
+    return drawing
+
+
+def _bars(axes: plt.Axes, record: Record, tuned: list[Run]) -> None:
+    loaded = Run(LOADED, FULL, 0.0, steps=0)
+    plain = perplexity_of(record, loaded)
+    full = statistics.fmean(perplexity_of(record, run) for run in tuned) if tuned else math.nan
+    ways: dict[str, tuple[str, list[float]]] = {
+        "loaded, rounded": ("#999999", [rounded(record, loaded, p) - plain for p in TITLES]),
+        "fine-tuned, rounded": (
+            "#D55E00",
+            [statistics.fmean(rounded(record, r, p) for r in tuned) - full if tuned else math.nan for p in TITLES],
+        ),
+    }
+    for method, label in LABELS.items():
+        runs = [best(record, method, precision) for precision in TITLES]
+        costs = [statistics.fmean(perplexity_of(record, r) for r in one) - full if one else math.nan for one in runs]
+        ways[f"trained in it, {label}"] = (COLORS[method], costs)
+    for place, (label, (color, costs)) in enumerate(ways.items()):
+        positions = [index + 0.2 * (place - 1.5) for index in range(len(costs))]
+        bars = axes.bar(positions, costs, 0.2, color=color, label=label)
+        axes.bar_label(bars, [f"{cost:.1f}" if math.isfinite(cost) else "" for cost in costs], fontsize=7, padding=1)
+    axes.set_xticks(range(len(TITLES)), [title.replace(", ", ",\n", 1) for title in TITLES.values()], fontsize=8)
+    axes.set(ylabel="perplexity above full precision", title="What the rounding costs")
+    axes.set_yscale("symlog", linthresh=1)
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(fontsize="small")
+
+
+def main(command_line: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=IMAGES, help="folder of the image")
+    options = parser.parse_args(command_line)
+    options.output.mkdir(parents=True, exist_ok=True)
+    drawing = figure(read_record())
+    drawing.savefig(options.output / f"{NAME.replace('_', '-')}.png", dpi=120, metadata={"Software": None})
+    plt.close(drawing)
+
+
+if __name__ == "__main__":
+    main()
