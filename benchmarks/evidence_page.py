@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import continual, faults, momentum_resets, outside_language
+from benchmarks import continual, faults, momentum_resets, outside_language, qat_record, qat_tables
 from benchmarks._record import RESULTS
 from benchmarks.cost_on_paper import cost_table
 from benchmarks.quality import read_record
@@ -48,6 +48,11 @@ def makers() -> dict[str, Callable[[], str]]:
     found |= {"share-of-steps": lambda: steps_table(BASE, record), "cost": cost_table}
     damaged = faults.read(RESULTS / "faults.csv")
     found |= {"faults": lambda: faults.table(damaged), "faults-bound": lambda: faults.bound_table(damaged)}
+    found["faults-parts"] = lambda: faults.parts_table(damaged)
+    real = qat_record.read_record()
+    found |= {"qat": lambda: qat_tables.table(real), "qat-rates": lambda: qat_tables.rates_table(real)}
+    found["qat-summary"] = lambda: qat_tables.summary(real)
+    found["qat-files"] = qat_tables.files_table
     found["momentum-resets"] = lambda: momentum_resets.table(momentum_resets.read())
     found["continual"] = lambda: continual.table(continual.recorded())
     found["continual-parts"] = lambda: continual.parts_table(continual.recorded())

@@ -72,6 +72,11 @@ class Run:
         return tuple(str(value) for value in astuple(self))
 
 
+def key_of(row: dict[str, str]) -> tuple[str, ...]:
+    """The run of a row; the first ones on record do not say that the learning rate is once that of all."""
+    return tuple(row.get(field.name) or "1" for field in fields(Run))
+
+
 def all_runs(seeds: tuple[int, ...], steps: int = STEPS) -> Iterator[Run]:
     """The long runs of the bound, then seed by seed, each optimizer in turn; the 5 % come before the other rates."""
     if steps == STEPS:
@@ -176,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.table:
         corpus = load_standard_library(VOCABULARY)
         finished = [] if options.dry_run else read(path)
-        done = {tuple(row.get(field.name) or "1" for field in fields(Run)) for row in finished}
+        done = {key_of(row) for row in finished}
         asked = part_runs if options.parts else all_runs
         for run in asked(tuple(options.seeds), options.steps):
             if run.key in done:

@@ -32,6 +32,12 @@ TITLES = {
     "nvfp4": "NVFP4, weights and inputs",
     "mxfp4": "MXFP4, weights and inputs",
 }
+TICKS = {  # W: weights, A: inputs, g: numbers that share a scale
+    GGUF: "int4_signed\nW4 g32",
+    "w4a4_int4_g64": "int4\nW4A4 g64",
+    "nvfp4": "NVFP4\nW4A4",
+    "mxfp4": "MXFP4\nW4A4",
+}
 
 
 def of_setting(record: Record, method: str, precision: str, steps: int = STEPS) -> dict[float, list[Run]]:
@@ -67,15 +73,51 @@ def spread(values: Iterable[float]) -> str:
     return f"{mean} ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else mean
 
 
+def summary(record: Record) -> str:
+    """The main result in words, made from the rows alone."""
+    loaded, tuned = Run(LOADED, FULL, 0.0, steps=0), best(record, "adamw_clipped", FULL)
+    full = statistics.fmean(perplexity_of(record, run) for run in tuned)
+    after = statistics.fmean(rounded(record, run, GGUF) for run in tuned)
+    parts = [
+        f"On {record[loaded]['tokens']} tokens of held-out pages the loaded model has a perplexity of "
+        f"{perplexity_of(record, loaded):.2f}, and {rounded(record, loaded, GGUF):.2f} once its matrices are rounded "
+        f"to 4 bits. {STEPS} steps of fine-tuning in full precision bring it to {full:.2f} ({seeds_of(tuned)}), and "
+        f"rounding that model to {after:.2f}: the rounding costs {after - full:.2f}."
+    ]
+    means = {}
+    for method, label in LABELS.items():
+        runs = best(record, method, GGUF)
+        if runs:
+            rates = len(of_setting(record, method, GGUF))
+            means[label] = statistics.fmean(perplexity_of(record, run) for run in runs)
+            parts.append(
+                f"Trained inside of the rounding for as many steps it ends at {means[label]:.2f} with {label} "
+                f"({seeds_of(runs)}, {'the best of ' if rates > 1 else ''}{rates} learning rate{'s' * (rates > 1)}), "
+                f"{means[label] - full:.2f} above full precision."
+            )
+    taken = [100 * (after - mean) / (after - full) for mean in means.values()]
+    parts.append(
+        f"So training in the format takes away {min(taken):.0f} to {max(taken):.0f} % of what the rounding costs."
+    )
+    return " ".join(parts)
+
+
+def seeds_of(runs: list[Run]) -> str:
+    return f"{len(runs)} seed{'s' * (len(runs) != 1)}"
+
+
 def table(record: Record) -> str:
     """Markdown: one row for each format, the perplexity of each way to it."""
     loaded = Run(LOADED, FULL, 0.0, steps=0)
     tuned = best(record, "adamw_clipped", FULL)
-    names = ("format", "loaded, rounded", "fine-tuned, rounded", *(f"trained in it, {LABELS[m]}" for m in LABELS))
+    names = (
+        "format",
+        "as loaded, rounded",
+        "fine-tuned in full precision, then rounded",
+        *(f"trained in it, {LABELS[m]}" for m in LABELS),
+    )
     rows = [f"| {' | '.join(names)} |", f"|---|{'---:|' * (len(names) - 1)}"]
-    cells = [f"{perplexity_of(record, loaded):.2f}", spread(perplexity_of(record, run) for run in tuned)]
-    cells += [_cell(record, method, FULL) for method in LABELS]
-    cells[2] = "see left"
+    cells = [f"{perplexity_of(record, loaded):.2f}", "–", *(_cell(record, method, FULL) for method in LABELS)]
     rows.append(f"| full precision | {' | '.join(cells)} |")
     for precision, title in TITLES.items():
         cells = [f"{rounded(record, loaded, precision):.2f}", spread(rounded(record, run, precision) for run in tuned)]
@@ -86,8 +128,7 @@ def table(record: Record) -> str:
 
 def _cell(record: Record, method: str, precision: str) -> str:
     runs = best(record, method, precision)
-    seeds = f" ({len(runs)} seed{'s' * (len(runs) > 1)})" if runs else ""
-    return spread(perplexity_of(record, run) for run in runs) + seeds
+    return spread(perplexity_of(record, run) for run in runs) + (f" ({seeds_of(runs)})" if runs else "")
 
 
 def rates_table(record: Record) -> str:
@@ -164,11 +205,11 @@ def _bars(axes: plt.Axes, record: Record, tuned: list[Run]) -> None:
         positions = [index + 0.2 * (place - 1.5) for index in range(len(costs))]
         bars = axes.bar(positions, costs, 0.2, color=color, label=label)
         axes.bar_label(bars, [f"{cost:.1f}" if math.isfinite(cost) else "" for cost in costs], fontsize=7, padding=1)
-    axes.set_xticks(range(len(TITLES)), [title.replace(", ", ",\n", 1) for title in TITLES.values()], fontsize=8)
-    axes.set(ylabel="perplexity above full precision", title="What the rounding costs")
-    axes.set_yscale("symlog", linthresh=1)
+    axes.set_xticks(range(len(TITLES)), TICKS.values(), fontsize=9)
+    axes.set(ylabel="perplexity above full precision", title="What the rounding costs", yscale="log")
+    axes.set_ylim(1, 5 * axes.get_ylim()[1])
     axes.grid(alpha=0.3, axis="y")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", ncols=2)
 
 
 def main(command_line: list[str] | None = None) -> None:

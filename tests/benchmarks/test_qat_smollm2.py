@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import _record, qat_smollm2
-from benchmarks.qat_smollm2 import FORMATS, FULL, GGUF, LOADED, METHODS, RATES, SEEDS, Run, search, study
+from benchmarks import _record, qat_smollm2, qat_tables
+from benchmarks.qat_record import FORMATS, FULL, GGUF, LOADED, RATES, SEEDS, Run
+from benchmarks.qat_smollm2 import METHODS, search, study
 
 
 def pretended(best: float):
@@ -65,3 +66,45 @@ def test_runs_of_a_tiny_model_are_rows_that_read_back(tmp_path, monkeypatch):
     for row in trained:
         assert [point.split(":")[0] for point in row["curve"].split()] == ["1", "2", "3", "4"]
         assert float(row["perplexity"]) < float(loaded["perplexity"])
+
+
+def row(perplexity, **more):
+    return {"perplexity": str(perplexity), "curve": "", **{key: str(value) for key, value in more.items()}}
+
+
+@pytest.fixture
+def record():
+    """Two methods in the first format, one of them with three seeds, and full precision."""
+    after = {f"rounded_{name}": value for name, value in zip(FORMATS, (50, 60, 70, 80), strict=True)}
+    found = {Run(LOADED, FULL, 0.0, steps=0): row(40, **after), Run("adamw_clipped", FULL, 2e-4): row(30, **after)}
+    for rate, perplexity in ((1e-4, 35), (2e-4, 33), (4e-4, 34)):
+        found[Run("stable_spam", GGUF, rate)] = row(perplexity)
+    found |= {Run("stable_spam", GGUF, 2e-4, seed): row(33 + seed) for seed in SEEDS[1:]}
+    found[Run("adamw_clipped", GGUF, 1e-4)] = row(36)
+    return found
+
+
+def test_the_tables_take_the_best_rate_and_all_its_seeds(record):
+    lines = qat_tables.table(record).splitlines()
+    assert "| int4_signed, groups of 32 | 50.00 | 50.00 | 36.00 (1 seed) | 34.00 ± 1.00 (3 seeds) |" in lines
+    assert "| full precision | 40.00 | – | 30.00 (1 seed) | – |" in lines
+    rates = qat_tables.rates_table(record).splitlines()
+    assert "| Stable-SPAM | int4_signed, groups of 32 | 35.00 | 33.00 | 34.00 |" in rates
+
+
+def test_the_figure_has_a_line_for_each_run_and_bars_for_what_is_on_record(record, tmp_path):
+    for run, line in record.items():
+        if run.method != LOADED:
+            line["curve"] = f"20:3.6 40:{math.log(float(line['perplexity']))}"
+    left, right = qat_tables.figure(record).axes
+    assert len(left.lines) == 1 + 3 + 2  # AdamW once, Stable-SPAM's seeds, the two levels
+    assert left.lines[0].get_ydata()[0] == 50  # before the first step: rounded as loaded
+    heights = [bar.get_height() for bar in right.patches]
+    assert heights[:4] == [10, 20, 30, 40]
+    assert heights[4:8] == [20, 30, 40, 50]
+
+
+def test_the_files_are_those_of_llama_cpp(tmp_path, monkeypatch):
+    monkeypatch.setattr(_record, "RESULTS", tmp_path)
+    qat_smollm2.add_file_row({"method": "stable_spam", "learning_rate": 2e-4}, 31.0, 31.031, 91.7)
+    assert "| Stable-SPAM, 0.0002 | – | 31.0 | 31.031 | +0.10 % | 91.7 |" in qat_tables.files_table()
