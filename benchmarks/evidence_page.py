@@ -1,4 +1,4 @@
-"""Writes the tables of docs/evidence.md, faults.md and momentum_reset.md anew from the committed results.
+"""Writes the tables of README.md, docs/evidence.md, faults.md and others anew from the committed results.
 
     python benchmarks/evidence_page.py            # rewrite
     python benchmarks/evidence_page.py --check    # only say whether the pages show what the results show
@@ -22,7 +22,7 @@ from benchmarks.cost_on_paper import cost_table
 from benchmarks.quality import read_record
 from benchmarks.quality_runs import Run
 from benchmarks.quality_studies import ON_CPU, STUDIES, Record
-from benchmarks.quality_tables import steps_table, table
+from benchmarks.quality_tables import apart_table, steps_table, table
 
 DOCS = Path(__file__).parents[1] / "docs"
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -45,6 +45,7 @@ def makers() -> dict[str, Callable[[], str]]:
     """Name of a table → how it is made."""
     record = read_record()
     found: dict[str, Callable[[], str]] = {name: lambda name=name: study_table(name, record) for name in ON_CPU}
+    found["apart"] = lambda: apart_table(BASE, record)
     found |= {"share-of-steps": lambda: steps_table(BASE, record), "cost": cost_table}
     damaged = faults.read(RESULTS / "faults.csv")
     found |= {"faults": lambda: faults.table(damaged), "faults-bound": lambda: faults.bound_table(damaged)}
@@ -77,7 +78,8 @@ def filled(text: str) -> str:
 
 def pages() -> list[Path]:
     """The pages that have such tables."""
-    return [page for page in sorted(DOCS.rglob("*.md")) if PLACE.search(page.read_text(encoding="utf-8"))]
+    known = [*sorted(DOCS.rglob("*.md")), *DOCS.parent.glob("README.md")]
+    return [page for page in known if PLACE.search(page.read_text(encoding="utf-8"))]
 
 
 def main(command_line: list[str] | None = None) -> None:

@@ -162,8 +162,9 @@ def steps(base: Run, record: Record) -> Iterator[Run]:
 def rates_apart(base: Run, record: Record) -> Iterator[Run]:
     """Embedding, head or norms with 10 times the learning rate; the embedding with 3 and 30 times; three seeds."""
     own = replace(base, precision="int4", learning_rate=DEFAULT_RATE)
-    tried = [replace(own, method=apart(method, "embedding", 10)) for method in ("stable_spam", "adamw_clipped")]
-    yield from tried
+    for method in ("stable_spam", "adamw_clipped"):
+        yield from over_seeds(replace(own, method=method))  # one rate for all: what is compared with
+    yield from (replace(own, method=apart(method, "embedding", 10)) for method in ("stable_spam", "adamw_clipped"))
     yield from (replace(own, method=apart("stable_spam", kind, 10)) for kind in ("head", "norm"))
     yield from (replace(own, method=apart("stable_spam", "embedding", factor)) for factor in (3, 30))
     yield from (replace(own, method=apart("adamw_clipped", "embedding", factor)) for factor in (3, 30))

@@ -8,8 +8,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
+from benchmarks.quality_methods import apart
 from benchmarks.quality_runs import Run
-from benchmarks.quality_studies import BASELINES, STEPS_RATES, STUDIES, Record, best_rate, loss_of, over_seeds
+from benchmarks.quality_studies import (
+    BASELINES,
+    DEFAULT_RATE,
+    STEPS_RATES,
+    STUDIES,
+    Record,
+    best_rate,
+    loss_of,
+    over_seeds,
+)
 
 
 class Summary(NamedTuple):
@@ -108,6 +118,24 @@ def steps_table(base: Run, record: Record) -> str:
             rate = f"{theirs[0].learning_rate:g}"
             rows.append((f"`{method}`", rate, number(statistics.fmean(shares), 2).replace("diverged", "never"), each))
     return markdown(("AdamW", "lr", "share of the steps, mean", "of each seed"), rows)
+
+
+def apart_table(base: Run, record: Record) -> str:
+    """One learning rate for all tensors against ten times as much for the embedding, INT4, at the demo's rate."""
+    rows = []
+    for method, name in (("adamw_clipped", "AdamW + clipping"), ("stable_spam", "Stable-SPAM")):
+        cells = []
+        for each in (method, apart(method, "embedding", 10)):
+            own = replace(base, method=each, precision="int4", learning_rate=DEFAULT_RATE)
+            (found,) = summaries(over_seeds(own), record) or [None]
+            if found is None:
+                cells.append("–")
+                continue
+            spread = f" ± {found.deviation:.3f}" if len(found.losses) > 1 else ""
+            seeds = f"{len(found.losses)} seed{'s' * (len(found.losses) > 1)}"
+            cells.append(f"{number(found.mean)}{spread} ({seeds})")
+        rows.append((name, "INT4", *cells))
+    return markdown(("optimizer", "linear layers", "one learning rate", "embedding × 10"), rows)
 
 
 def _at_best(base: Run, record: Record) -> list[Run]:
