@@ -1,6 +1,7 @@
 """What the benchmarks share: interleaved timing, and rows of a CSV file that say on what they were measured."""
 
 import csv
+import functools
 import os
 import platform
 import subprocess
@@ -24,9 +25,15 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit that was measured, with a ``+`` if the tree has changes."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=9"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    """The commit of the working tree, with a ``+`` if it has changes besides rows of results."""
+    here = ["git", "-C", str(Path(__file__).parent)]
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=False)
+    name = run([*here, "describe", "--always", "--abbrev=9"]).stdout.strip()
+    changes = run([*here, "status", "--porcelain", "--untracked-files=no", "--", ":/", f":!{RESULTS.name}"]).stdout
+    return f"{name}{'+' if changes else ''}" if name else "unknown"
+
+
+COMMIT = commit()  # when the program began: that is what it measures, whatever is changed while it runs
 
 
 def interleaved(runs: dict[str, Callable[[], Any]], repeats: int, warm_up: int = 3) -> dict[str, list[float]]:
@@ -61,7 +68,7 @@ def append_rows(name: str, rows: list[dict[str, Any]]) -> None:
         "machine": machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit(),
+        "commit": COMMIT,
         "load": round(os.getloadavg()[0], 1),  # of the last minute: above the number of cores others disturbed
     }
     RESULTS.mkdir(exist_ok=True)
