@@ -44,7 +44,7 @@ from hf_stablespam.recipes.adapt_pruner import (
     save_pruned,
 )
 
-AMPLITUDE = {"uniform": 0.0, "adaptive": 0.02}
+METHODS = ("uniform", "adaptive")
 COLORS = {"dense": "#6b7280", "uniform": "#d97706", "adaptive": "#2563eb", "from scratch": "#059669"}
 
 
@@ -55,7 +55,8 @@ def parse(command_line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--target", type=float, default=0.5, help="share of the parameters that is left")
     parser.add_argument("--stages", type=int, default=1, help="cuts, with a part of the recovery after each")
-    parser.add_argument("--pretraining_steps", type=int, default=300)
+    parser.add_argument("--amplitude", type=float, default=0.02, help="of the adaptive cut; the uniform one has 0")
+    parser.add_argument("--pretraining_steps", type=int, default=500)
     parser.add_argument("--recovery_steps", type=int, default=150)
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of the recovery")
     parser.add_argument("--batch_size", type=int, default=32)
@@ -112,7 +113,7 @@ def make_trainer(
     """Stable-SPAM under a schedule that is constant and then falls."""
     arguments = TrainingArguments(
         options.output_dir,
-        max_steps=steps,
+        max_steps=steps or -1,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=64,
         learning_rate=learning_rate,
@@ -134,9 +135,10 @@ def make_trainer(
 def trained(
     model: torch.nn.Module, data: tuple[Dataset, Dataset], steps: int, learning_rate: float, options: argparse.Namespace
 ) -> float:
-    """Trains the model and returns its validation loss."""
+    """Trains the model, if there are steps, and returns its validation loss."""
     trainer = make_trainer(model, data, steps, learning_rate, options)
-    trainer.train()
+    if steps:
+        trainer.train()
     return trainer.evaluate()["eval_loss"]
 
 
@@ -160,11 +162,11 @@ def cut_and_recovered(
         figures["widths"] = [one["intermediate_size"] for one in report.widths]
         figures["kv_heads"] = [one["kv_heads"] for one in report.widths]
 
-    settings = {"amplitude": AMPLITUDE[method], "seed": options.seed}
+    settings = {"amplitude": options.amplitude if method == "adaptive" else 0.0, "seed": options.seed}
     batches = calibration(data[0], options)
     if options.stages == 1:
         note(None, 0, adapt_prune(model, options.target, batches, **settings))
-        figures["cut"] = make_trainer(model, data, 1, 1e-3, options).evaluate()["eval_loss"]
+        figures["cut"] = trained(model, data, 0, 1e-3, options)
         figures["recovered"] = trained(model, data, options.recovery_steps, options.learning_rate, options)
     else:
         steps, rate = options.recovery_steps, options.learning_rate
@@ -172,7 +174,7 @@ def cut_and_recovered(
         prune_and_train(
             model, make, options.target, stages=options.stages, calibration=batches, on_stage_end=note, **settings
         )
-        figures["recovered"] = make(model, 0).evaluate()["eval_loss"]
+        figures["recovered"] = trained(model, data, 0, rate, options)
     return model, figures
 
 
@@ -194,13 +196,13 @@ def compare(options: argparse.Namespace) -> dict[str, dict]:
     data = load_data(options)
     if options.model_name_or_path:
         dense = AutoModelForCausalLM.from_pretrained(options.model_name_or_path)
-        loss = make_trainer(dense, data, 1, 1e-3, options).evaluate()["eval_loss"]
+        loss = trained(dense, data, 0, 1e-3, options)
     else:
         dense = new_model(options)
         loss = trained(dense, data, options.pretraining_steps, 3e-3, options)
     results = {"dense": {"parameters": sum(p.numel() for p in dense.parameters()), "recovered": loss}}
     results["dense"]["widths"] = [layer.mlp.down_proj.in_features for layer in dense.model.layers]
-    for method in AMPLITUDE:
+    for method in METHODS:
         model, results[method] = cut_and_recovered(dense, method, data, options)
     save_pruned(model, Path(options.output_dir) / "adaptive")
     if not options.model_name_or_path:
@@ -211,7 +213,7 @@ def compare(options: argparse.Namespace) -> dict[str, dict]:
 def draw(results: dict[str, dict], path: Path) -> None:
     """Widths by layer, and loss over parameters before and after the recovery."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    shown = [name for name in ("dense", *AMPLITUDE) if name in results]
+    shown = [name for name in ("dense", *METHODS) if name in results]
     for place, name in enumerate(shown):
         widths = results[name]["widths"]
         left.bar(

@@ -17,7 +17,9 @@ from safetensors import SafetensorError
 from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit, export_gguf, restore_linear
 from hf_stablespam.quant.convert import CONFIG_KEY
 from hf_stablespam.quant.export import export_unpacked
+from hf_stablespam.quant.export.widths import has_widths
 from hf_stablespam.trainer.checkpoints import last_complete_checkpoint
+from hf_stablespam.trainer.pruned_checkpoint import load_widths
 from hf_stablespam.trainer.registration.quantization_config import QUANT_METHOD
 
 logger = logging.getLogger(__name__)
@@ -100,7 +102,7 @@ def load_trained(checkpoint: str | os.PathLike[str], config: FourBitConfig | Non
     model = model.to(getattr(torch, written.get("dtype") or written.get("torch_dtype") or "float32"))
     tokenizer: Any = None
     if any((folder / name).exists() for name in TOKENIZER_FILES):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=model.config)
     return convert_to_4bit(restore_linear(model), config), tokenizer
 
 
@@ -111,7 +113,11 @@ def _load_whole(model_class: Any, folder: Path) -> Any:
         ValueError: a file is cut short, or a weight is missing: transformers would make it anew, and say so in passing.
     """
     try:
-        model, found = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        options = {"dtype": torch.float32, "output_loading_info": True}
+        if has_widths(folder):
+            model, found = load_widths(model_class, folder, **options)
+        else:
+            model, found = model_class.from_pretrained(folder, **options)
     except (SafetensorError, EOFError, UnpicklingError) as error:
         raise ValueError(
             f"the weights in {folder} cannot be read: {error}; they are cut short or damaged: export an earlier"

@@ -14,6 +14,7 @@ from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.export.experts import four_bit_experts, stays_unpacked
 from hf_stablespam.quant.export.initialization import warn_of_initialization
 from hf_stablespam.quant.export.packing import KERNEL_GROUPS, fitting_groups
+from hf_stablespam.quant.export.widths import CONFIG_KEY, text_config
 from hf_stablespam.quant.formats.number_formats import FORMATS, ScaleKind, get_format
 from hf_stablespam.quant.layers.linear import FourBitLinear
 
@@ -45,7 +46,7 @@ def check_packable(
     group = config.group_of("weight")
     failing, why = unpackable(layers, group), stays_unpacked(model, config, group)
     if failing and not leave_unpackable:
-        _refuse_groups(layers, failing, group)
+        _refuse_groups(layers, failing, group, pruned=hasattr(text_config(model.config), CONFIG_KEY))
     if why is not None and not leave_unpackable:
         raise ValueError(
             f"the experts cannot be packed: {why}; train with weight='int4' or 'mxfp4' and a group_size that fits,"
@@ -66,11 +67,12 @@ def four_bit_layers(model: nn.Module) -> dict[str, FourBitLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FourBitLinear)}
 
 
-def _refuse_groups(layers: Mapping[str, FourBitLinear], failing: list[str], group_size: int) -> None:
+def _refuse_groups(layers: Mapping[str, FourBitLinear], failing: list[str], group_size: int, *, pruned: bool) -> None:
+    train = f"Prune with multiple_of={group_size}, train" if pruned else "Train"
     raise ValueError(
-        f"{len(failing)} layers cannot be packed: {_widths(layers, failing, group_size)}. Train with a group_size that"
-        " fits, name the layers in modules_to_not_convert, or pass leave_unpackable=True to store them unpacked, in"
-        " bfloat16; group_size='auto' looks for a fitting one"
+        f"{len(failing)} layers cannot be packed: {_widths(layers, failing, group_size)}. {train} with a group_size"
+        " that fits, name the layers in modules_to_not_convert, or pass leave_unpackable=True to store them unpacked,"
+        " in bfloat16; group_size='auto' looks for a fitting one"
     )
 
 

@@ -15,6 +15,7 @@ from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.export.checks import check_finite, four_bit_layers
 from hf_stablespam.quant.export.experts import four_bit_experts
 from hf_stablespam.quant.export.state import whole_state_dict
+from hf_stablespam.quant.export.widths import write_widths
 from hf_stablespam.quant.formats.quantizer import quantize
 from hf_stablespam.quant.layers.experts import FourBitExperts, weight_names
 from hf_stablespam.quant.layers.linear import FourBitLinear
@@ -86,5 +87,6 @@ def export_unpacked(
         written["torch_dtype" if "torch_dtype" in written else "dtype"] = "float32"
         written.pop("quantization_config", None)  # what is read there is not converted again
         path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+        write_widths(model.config, folder)
         if processing_class is not None:
             processing_class.save_pretrained(folder)

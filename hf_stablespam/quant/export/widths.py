@@ -1,8 +1,9 @@
 """How wide each layer of a model is: pruned models have layers of unequal widths, which no config of transformers says.
 
 The config of such a model has a note of its widths. Beside the weights they go into ``pruning.json``, and
-``config.json`` gets a text in the place of the number that there is none of: whoever reads it as a number stops with
-this text, before any weight is loaded or, with ``ignore_mismatched_sizes=True``, made anew without a word.
+``config.json`` gets a text in the place of the number that there is none of, and of the model's type: whoever reads
+these stops with the text, before any weight is loaded or, with ``ignore_mismatched_sizes=True``, made anew without a
+word. The type is what `AutoTokenizer` does without, so that it still finds the tokenizer of the folder.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ CONFIG_KEY = "pruned_layers"  # of the note: ``intermediate_size`` and ``kv_head
 FILE = "pruning.json"
 _CONFIG_FILE = "config.json"
 _FIELDS = {"intermediate_size": ("intermediate_size",), "kv_heads": ("num_key_value_heads", "num_attention_heads")}
-_MESSAGE = (
-    "differs between the layers of this pruned model: load it with hf_stablespam.recipes.adapt_pruner.load_pruned"
-)
+_REMEDY = "load it with hf_stablespam.recipes.adapt_pruner.load_pruned"
+_MESSAGE = f"differs between the layers of this pruned model: {_REMEDY}"
 
 # Weight of a layer → the dimension that says its width.
 _WEIGHTS = {"mlp.down_proj": 1, "self_attn.q_proj": 0, "self_attn.k_proj": 0}
@@ -66,6 +66,13 @@ def _one_or_each(by_layer: dict[int, int], configured: int, unit: int = 1) -> Wi
     return widths[0] if len(set(widths)) == 1 else list(widths)
 
 
+def note_counts(module: Any, **counts: int) -> None:
+    """Set those of the numbers that a module keeps beside its weights."""
+    for name, count in counts.items():
+        if isinstance(getattr(module, name, None), int):
+            setattr(module, name, count)
+
+
 def text_config(config: Any) -> Any:
     """The part of a config that has the sizes of the language model's layers."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -90,24 +97,37 @@ def write_widths(config: Any, directory: Path, widths: Sequence[Mapping[str, int
         return
     path = directory / _CONFIG_FILE
     options = json.loads(path.read_text())
-    part, numbers = text_part(options), {}
+    part, numbers, model_type = text_part(options), {}, options["model_type"]
     for width in unequal(widths):
         for name in _FIELDS[width]:
             numbers[name] = getattr(config, name)
             part[name] = _MESSAGE
+    if numbers:
+        options["model_type"] = f"{model_type}, pruned: {_REMEDY}"
     path.write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
-    (directory / FILE).write_text(json.dumps({"layers": list(widths), "config": numbers}, indent=1) + "\n")
+    saved = {"layers": list(widths), "config": numbers, "model_type": model_type}
+    (directory / FILE).write_text(json.dumps(saved, indent=1) + "\n")
+
+
+def has_widths(directory: Path) -> bool:
+    """Whether a model was saved there whose layers' widths are noted: beside it, or only in its config."""
+    path = directory / _CONFIG_FILE
+    noted = path.is_file() and CONFIG_KEY in text_part(json.loads(path.read_text()))
+    return noted or (directory / FILE).is_file()
 
 
 def read_widths(directory: Path) -> tuple[list[dict[str, int]], dict[str, Any]]:
     """The widths of the layers, and the config with its numbers back in their places.
 
     Args:
-        directory: with both files.
+        directory: with ``pruning.json``, or as plain ``save_pretrained`` leaves it, with the note in the config only.
     """
-    saved = json.loads((directory / FILE).read_text())
     options = json.loads((directory / _CONFIG_FILE).read_text())
+    if not (directory / FILE).is_file():
+        return text_part(options)[CONFIG_KEY], options
+    saved = json.loads((directory / FILE).read_text())
     text_part(options).update(saved["config"])
+    options["model_type"] = saved.get("model_type", options["model_type"])  # the first files had none
     return saved["layers"], options
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from hf_stablespam import FourBitConfig, convert_to_4bit
 from hf_stablespam.recipes.adapt_pruner import LayerPlan, PruningPlan, load_pruned, prune_units, save_pruned
+from tests.quant.export.gguf.models import byte_level_tokenizer
 from tests.recipes.adapt_pruner.models import FAMILIES, batches, logits, small
 from tests.recipes.adapt_pruner.test_surgery import PLAN
 
@@ -52,6 +53,14 @@ def test_plain_from_pretrained_stops_with_the_remedy(read, tmp_path):
     options = {} if read is AutoConfig else {"ignore_mismatched_sizes": True}  # not even so are weights made anew
     with pytest.raises(Exception, match="load_pruned"):
         read.from_pretrained(tmp_path, **options)
+
+
+def test_the_tokenizer_beside_it_loads_as_ever(tmp_path):
+    model = small()
+    prune_units(model, PLAN)
+    save_pruned(model, tmp_path, byte_level_tokenizer())
+    text = "a tokenizer needs no widths"
+    assert AutoTokenizer.from_pretrained(tmp_path)(text) == byte_level_tokenizer()(text)
 
 
 def test_equal_widths_are_a_plain_model(tmp_path):

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import nn
 
-from hf_stablespam.quant.export.widths import FILE, read_widths, write_widths
+from hf_stablespam.quant.export.widths import FILE, has_widths, write_widths
 from hf_stablespam.recipes.adapt_pruner.model.layers import find_layers
-from hf_stablespam.recipes.adapt_pruner.model.optimizer_state import OptimizerSurgeon
-from hf_stablespam.recipes.adapt_pruner.model.surgery import checked, cut_layers
-from hf_stablespam.recipes.adapt_pruner.model.widths import note_widths, widths_of
-from hf_stablespam.recipes.adapt_pruner.plan import LayerPlan, PruningPlan
+from hf_stablespam.recipes.adapt_pruner.model.widths import widths_of
+from hf_stablespam.trainer.pruned_checkpoint import load_widths
 
 
 def save_pruned(
@@ -61,7 +58,7 @@ def load_pruned(directory: str | os.PathLike[str], **kwargs: Any) -> Any:
         A model of the class that was saved.
 
     Raises:
-        FileNotFoundError: there is no ``pruning.json``.
+        FileNotFoundError: there is no ``pruning.json``, and no note in the config either.
         ValueError: the widths are not those of such a model, a class that transformers does not have, or
             ``ignore_mismatched_sizes=True``.
 
@@ -71,49 +68,17 @@ def load_pruned(directory: str | os.PathLike[str], **kwargs: Any) -> Any:
     folder = Path(directory)
     if kwargs.get("ignore_mismatched_sizes"):
         raise ValueError("ignore_mismatched_sizes=True would make weights anew that do not fit; leave it out")
-    if not (folder / FILE).is_file():
+    if not has_widths(folder):
         raise FileNotFoundError(
             f"{folder} has no {FILE}, so it is no folder of save_pruned; load it with from_pretrained"
         )
-    widths, options = read_widths(folder)
-    names = options.get("architectures") or [None]
+    names = json.loads((folder / "config.json").read_text()).get("architectures") or [None]
     base = getattr(transformers, names[0] or "", None)
     if base is None:
         raise ValueError(f"architectures in the config.json of {folder} must name a class of transformers, got {names}")
-    config = kwargs.pop("config", None) or transformers.AutoConfig.for_model(**options)
-    model = _sized(base, widths).from_pretrained(folder, config=config, **kwargs)
-    model.__class__ = base
-    return model
+    return load_widths(base, folder, **kwargs)
 
 
 def write_widths_of(model: Any, directory: str | os.PathLike[str]) -> None:
     """Put pruning.json beside a model that has been saved."""
     write_widths(model.config, Path(directory), widths_of(find_layers(model)))
-
-
-def _sized(base: Any, widths: Sequence[Mapping[str, int]]) -> Any:
-    """A subclass whose models are born with these widths, before anybody loads weights into them."""
-
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, config, *args, **kwargs)
-        shrink(self, widths)
-
-    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
-
-
-def shrink(model: nn.Module, widths: Sequence[Mapping[str, int]]) -> None:
-    """Cut a model whose weights do not matter to these widths.
-
-    Args:
-        model: as its config builds it.
-        widths: ``intermediate_size`` and ``kv_heads`` of every layer.
-
-    Raises:
-        ValueError: they do not fit the model.
-    """
-    layers = find_layers(model)
-    plan = PruningPlan(
-        [LayerPlan(tuple(range(width["intermediate_size"])), tuple(range(width["kv_heads"]))) for width in widths]
-    )
-    cut_layers(layers, checked(plan, layers), OptimizerSurgeon(None))
-    note_widths(model, layers)

@@ -9,15 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_stablespam import FourBitLinear
+from hf_stablespam.quant.export.widths import note_counts
 from hf_stablespam.recipes.adapt_pruner.model.layers import DecoderLayer, count_parameters, find_layers, refuse_hooks
 from hf_stablespam.recipes.adapt_pruner.model.optimizer_state import RESET, OptimizerSurgeon
 from hf_stablespam.recipes.adapt_pruner.model.widths import note_widths
 from hf_stablespam.recipes.adapt_pruner.plan import LayerPlan, PruningPlan, PruningReport
-
-_COUNTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "neurons": {"mlp": ("intermediate_size",)},
-    "kv_heads": {"self_attn": ("num_key_value_heads", "num_heads", "num_attention_heads")},
-}
 
 
 def prune_units(
@@ -141,11 +137,11 @@ def cut_kind(
             partners = linear.scale_partners
             linear.configure(linear.four_bit)  # it knows its weight by its id, and keeps it in 4 bits
             linear.scale_partners = partners
-    counts = {"intermediate_size": len(kept), "num_key_value_heads": len(kept)}
-    for part, names in _COUNTS[kind].items():
-        for name in names:
-            if isinstance(getattr(getattr(layer.module, part), name, None), int):
-                setattr(getattr(layer.module, part), name, counts.get(name, len(kept) * layer.queries))
+    if kind == "neurons":
+        note_counts(layer.module.mlp, intermediate_size=len(kept))
+    else:
+        heads = len(kept) * layer.queries
+        note_counts(layer.module.self_attn, num_key_value_heads=len(kept), num_heads=heads, num_attention_heads=heads)
 
 
 def channels_of(units: Sequence[int], width: int) -> Tensor:
