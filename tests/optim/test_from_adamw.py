@@ -41,6 +41,17 @@ def switched(path, steps=30, scale=1.0, **options):
     return weight, loss, first, second, before
 
 
+def assert_next_step_is_adamws(weight, loss, first, second):
+    """The step of `second`, which has taken over from `first`, is the one that AdamW would have made."""
+    twin = torch.nn.Parameter(weight.detach().clone())
+    adamw = torch.optim.AdamW([twin], lr=1e-2, weight_decay=0.0)
+    adamw.load_state_dict(first.state_dict())
+    run(second, loss, 1)
+    twin.grad = weight.grad.clone()
+    adamw.step()
+    torch.testing.assert_close(weight, twin, rtol=1e-5, atol=1e-6)
+
+
 @paths
 def test_step_and_moments_are_kept_and_trackers_start_fresh(path):
     weight, _, first, second, _ = switched(path)
@@ -65,13 +76,7 @@ def test_neither_update_nor_loss_jumps_at_the_switch(path, scale):
 def test_the_first_step_after_the_switch_is_adamws_own(path):
     # the first factor f scales gradient and moments alike, so M/√V is what AdamW would have had
     weight, loss, first, second, _ = switched(path, clip_beta=0.999, reset_interval=None)
-    twin = torch.nn.Parameter(weight.detach().clone())
-    adamw = torch.optim.AdamW([twin], lr=1e-2, weight_decay=0.0)
-    adamw.load_state_dict(first.state_dict())
-    run(second, loss, 1)
-    twin.grad = weight.grad.clone()
-    adamw.step()
-    torch.testing.assert_close(weight, twin, rtol=1e-5, atol=1e-6)
+    assert_next_step_is_adamws(weight, loss, first, second)
 
 
 @paths
@@ -99,13 +104,7 @@ def test_a_bad_gradient_right_after_the_switch_defers_the_rescaling(path):
     before = snapshot(second)
     train([weight], [[torch.full_like(weight, torch.nan)]], second)
     assert_identical(snapshot(second), before)
-    twin = torch.nn.Parameter(weight.detach().clone())
-    adamw = torch.optim.AdamW([twin], lr=1e-2, weight_decay=0.0)
-    adamw.load_state_dict(first.state_dict())
-    run(second, loss, 1)
-    twin.grad = weight.grad.clone()
-    adamw.step()
-    torch.testing.assert_close(weight, twin, rtol=1e-5, atol=1e-6)
+    assert_next_step_is_adamws(weight, loss, first, second)
 
 
 def test_the_log_says_so_in_one_line(caplog):

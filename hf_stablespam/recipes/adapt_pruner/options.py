@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -28,6 +28,7 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "keep_layers", tuple(self.keep_layers))
         if type(self.steps) is not int or self.steps < 1:
             raise ValueError(f"steps must be an integer of at least 1, got {self.steps!r}; 50 is the published one")
         if not 0 <= self.amplitude < math.inf:
@@ -38,10 +39,14 @@ class Options:
             raise ValueError(
                 f"multiple_of must be an integer of at least 1, got {self.multiple_of!r}; 1 rounds nothing"
             )
-        if self.equal_widths and tuple(self.keep_layers):
+        if self.equal_widths and self.keep_layers:
             raise ValueError(
                 f"equal_widths=True cuts all layers alike, got keep_layers={list(self.keep_layers)}; use one of the two"
             )
+
+    def of_cut(self, index: int) -> Options:
+        """The options of one of several cuts, each step of which has a seed of its own."""
+        return replace(self, seed=self.seed + index * self.steps)
 
 
 def absolute_target(target_parameters: int | float, present: int) -> int:

@@ -96,7 +96,7 @@ def adapt_prune(
         >>> report.reached, sum(p.numel() for p in model.parameters()) == report.parameters_after
         (True, True)
     """
-    options = Options(steps, amplitude, ratio, multiple_of, prune_attention, tuple(keep_layers), equal_widths, seed)
+    options = Options(steps, amplitude, ratio, multiple_of, prune_attention, keep_layers, equal_widths, seed)
     run = _Run(model, options, OptimizerSurgeon(optimizer, optimizer_state))
     target = absolute_target(target_parameters, run.before)
     if target >= run.before:

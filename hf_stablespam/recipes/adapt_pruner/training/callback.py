@@ -74,7 +74,8 @@ class AdaptPruneCallback(KeepsState, SavesWidths):
             step of the pruning.
         optimizer_state: ``"reset"`` or ``"keep"``, as for `prune_units`. Default ``"reset"``.
         data_split: with `stages`: ``"linear"`` (published), ``"constant"`` or ``"cosine"`` parts.
-        steps, amplitude, ratio, multiple_of, prune_attention, keep_layers, seed, equal_widths: as for `adapt_prune`.
+        options: ``steps``, ``amplitude``, ``ratio``, ``multiple_of``, ``prune_attention``, ``keep_layers``, ``seed``,
+            ``equal_widths`` as for `adapt_prune`.
 
     Raises:
         ValueError: an option out of range; when the Trainer is made, more than one process, FSDP, DeepSpeed,
@@ -97,22 +98,13 @@ class AdaptPruneCallback(KeepsState, SavesWidths):
         optimizer_state: str = RESET,
         *,
         data_split: str = "linear",
-        steps: int = 50,
-        amplitude: float = 0.02,
-        ratio: float = 1.0,
-        multiple_of: int | None = None,
-        prune_attention: bool = True,
-        keep_layers: Sequence[int] = (),
-        seed: int = 0,
-        equal_widths: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__()
         if (at_steps is None) == (stages is None):
             raise ValueError(f"give either at_steps or stages, got at_steps={at_steps!r} and stages={stages!r}")
         self.at_steps = None if at_steps is None else _ascending(at_steps)
-        self.options = Options(
-            steps, amplitude, ratio, multiple_of, prune_attention, tuple(keep_layers), equal_widths, seed
-        )
+        self.options = Options(**options)
         check_choice(optimizer_state)
         absolute_target(target_parameters, 1)
         if stages is not None:
@@ -180,7 +172,7 @@ class AdaptPruneCallback(KeepsState, SavesWidths):
             kwargs["model"],
             self._targets[self.cuts],
             batches,
-            **{**vars(self.options), "seed": self.options.seed + self.cuts * self.options.steps},
+            **vars(self.options.of_cut(self.cuts)),
             optimizer=kwargs["optimizer"],
             optimizer_state=self.optimizer_state,
             show_progress=not args.disable_tqdm,

@@ -6,7 +6,7 @@ import copy
 import gc
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,17 +33,10 @@ def prune_and_train(
     stages: int,
     calibration: Iterable[Mapping[str, Any]] | None = None,
     data_split: str = "linear",
-    steps: int = 50,
-    amplitude: float = 0.02,
-    ratio: float = 1.0,
-    multiple_of: int | None = None,
-    prune_attention: bool = True,
-    keep_layers: Sequence[int] = (),
-    seed: int = 0,
-    equal_widths: bool = False,
     first_stage: int = 0,
     original_parameters: int | None = None,
     on_stage_end: Callable[[Trainer, int, PruningReport], None] | None = None,
+    **options: Any,
 ) -> Any:
     """Prune a model to its target in stages, and train it after each: Adapt-Accel (arXiv 2502.03460).
 
@@ -63,10 +56,11 @@ def prune_and_train(
         calibration: as for `adapt_prune`; `None` draws 512 sequences of 64 tokens of the stage's data for each step.
         data_split: ``"linear"``: part ``k`` has a share of ``2k/(K(K+1))``, the published one; ``"constant"``, all
             alike; ``"cosine"``.
-        steps, amplitude, ratio, multiple_of, prune_attention, keep_layers, seed, equal_widths: as for `adapt_prune`.
         first_stage: begin with this stage (from 0), with the model that the stage before has left. Default 0.
         original_parameters: ``P₀``, needed with `first_stage`. Default: those of the model.
         on_stage_end: called after each stage with the Trainer, the stage, and the report of its cut.
+        options: ``steps``, ``amplitude``, ``ratio``, ``multiple_of``, ``prune_attention``, ``keep_layers``, ``seed``,
+            ``equal_widths`` as for `adapt_prune`.
 
     Returns:
         `model`.
@@ -81,7 +75,7 @@ def prune_and_train(
         >>> model = prune_and_train(model, make_trainer, 0.5, stages=5, calibration=batches)  # doctest: +SKIP
     """
     whole = count_parameters(model) if original_parameters is None else original_parameters
-    options = Options(steps, amplitude, ratio, multiple_of, prune_attention, tuple(keep_layers), equal_widths, seed)
+    wanted = Options(**options)
     targets = stage_targets(whole, absolute_target(target_parameters, whole), stages)
     split_data(stages * (stages + 1), stages, data_split)  # for its errors
     if not 0 <= first_stage < stages or (first_stage and original_parameters is None):
@@ -89,17 +83,17 @@ def prune_and_train(
             f"first_stage must be from 0 to {stages - 1}, got {first_stage}; above 0 it needs original_parameters"
         )
     if targets[-1] < count_parameters(model):
-        check_target(model, targets[-1], options)
+        check_target(model, targets[-1], wanted)
     for stage in range(first_stage, stages):
         trainer: Any = make_trainer(model, stage)
         refuse_sharding(trainer)
-        stage_steps = _divide(trainer, stage, stages, data_split, seed)
+        stage_steps = _divide(trainer, stage, stages, data_split, wanted.seed)
         batches = TrainBatches.of_trainer(trainer) if calibration is None else calibration
         report = adapt_prune(
             trainer.model,
             targets[stage],
             batches,
-            **{**vars(options), "seed": seed + stage * steps},
+            **vars(wanted.of_cut(stage)),
             optimizer=trainer.optimizer,
             show_progress=not trainer.args.disable_tqdm,
         )

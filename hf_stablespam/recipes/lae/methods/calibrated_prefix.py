@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import nn
 from transformers import AttentionInterface
@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 from hf_stablespam.recipes.lae.methods.config import CalibratedPrefixConfig, peft_type
 from hf_stablespam.recipes.lae.methods.prefix_attention import Prefix, prefix_attention
 from hf_stablespam.recipes.lae.methods.scalar import is_active, learnable_scalar
+from hf_stablespam.recipes.lae.methods.tuner import WrappingTuner
 
 _NAME = "calibrated_prefix"  # of our function in transformers' attention interface
 _KEY_PROJECTIONS = ("k_proj", "key", "k")
@@ -105,30 +106,12 @@ class CalibratedPrefixLayer(nn.Module, BaseTunerLayer):
         raise ValueError("a prefix cannot be merged into the backbone's weights; keep the PeftModel")
 
 
-class CalibratedPrefixModel(BaseTuner):
+class CalibratedPrefixModel(WrappingTuner):
     """The tuner that PEFT makes for a `CalibratedPrefixConfig`."""
 
     prefix = "calibrated_prefix_"
     tuner_layer_cls = CalibratedPrefixLayer
     target_module_mapping = _BY_TYPE
-
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        if isinstance(target, CalibratedPrefixLayer):
-            target.update_layer(adapter_name, peft_config)
-        else:
-            layer = CalibratedPrefixLayer(target, adapter_name, peft_config)
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            setattr(parent, target_name, layer)
 
 
 def _key_projection(attention: nn.Module) -> str:

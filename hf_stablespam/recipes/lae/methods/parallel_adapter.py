@@ -6,12 +6,13 @@ import math
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import nn
 
 from hf_stablespam.recipes.lae.methods.config import ParallelAdapterConfig, peft_type
 from hf_stablespam.recipes.lae.methods.scalar import is_active, learnable_scalar
+from hf_stablespam.recipes.lae.methods.tuner import WrappingTuner
 
 _BY_TYPE = {
     **{name: ["attention"] for name in ("vit", "dinov2")},
@@ -80,30 +81,12 @@ class ParallelAdapterLayer(nn.Module, BaseTunerLayer):
         raise ValueError("a parallel adapter is not linear and cannot be merged into the backbone; keep the PeftModel")
 
 
-class ParallelAdapterModel(BaseTuner):
+class ParallelAdapterModel(WrappingTuner):
     """The tuner that PEFT makes for a `ParallelAdapterConfig`."""
 
     prefix = "parallel_adapter_"
     tuner_layer_cls = ParallelAdapterLayer
     target_module_mapping = _BY_TYPE
-
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        if isinstance(target, ParallelAdapterLayer):
-            target.update_layer(adapter_name, peft_config)
-        else:
-            layer = ParallelAdapterLayer(target, adapter_name, peft_config)
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            setattr(parent, target_name, layer)
 
 
 def _widths(base_layer: nn.Module) -> tuple[int, int, bool]:
