@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_stablespam._evaluating import evaluating
+
 
 def input_amax(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Any]] | None
@@ -29,14 +31,11 @@ def input_amax(
         return hook
 
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for batch in batches or ():
                 model(**batch)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return found

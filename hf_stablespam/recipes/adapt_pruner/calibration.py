@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_stablespam._evaluating import evaluating
 from hf_stablespam.recipes.adapt_pruner.model.layers import ATTENTION, MLP, DecoderLayer
 
 
@@ -77,22 +78,18 @@ def mean_cosine(before: Tensor, after: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def evaluating(model: nn.Module, seed: int) -> Iterator[None]:
+def seeded_evaluation(model: nn.Module, seed: int) -> Iterator[None]:
     """Dropout off and random numbers from `seed`; modes and generators come back at the end."""
-    modes = [(module, module.training) for module in model.modules()]
     states = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), evaluating(model):
             for seeded in (random.seed, np.random.seed, torch.manual_seed):
                 seeded(seed % 2**32)
-            model.eval()
             yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        for module, mode in modes:
-            module.training = mode
 
 
 def calibrate(
@@ -125,7 +122,7 @@ def calibrate(
     for tensor in others:  # their gradients cost a third of the time of a small model and nobody reads them
         tensor.requires_grad_(False)
     try:
-        with evaluating(model, seed), torch.enable_grad(), probe.watching():
+        with seeded_evaluation(model, seed), torch.enable_grad(), probe.watching():
             for batch in batches:
                 inputs = prepared(model, batch)
                 probe.mask = inputs.get("attention_mask")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_stablespam.recipes.adapt_pruner.calibration import LayerProbe, evaluating, prepared, reiterable
+from hf_stablespam.recipes.adapt_pruner.calibration import LayerProbe, prepared, reiterable, seeded_evaluation
 from hf_stablespam.recipes.adapt_pruner.model.layers import DecoderLayer, find_layers, shared_groups
 
 
@@ -56,7 +56,7 @@ def layer_importance(
     if metric != "cosine":
         raise ValueError(f"metric must be 'cosine', got {metric!r}")
     probe = LayerProbe(find_layers(model))
-    with evaluating(model, seed), torch.no_grad(), probe.watching():
+    with seeded_evaluation(model, seed), torch.no_grad(), probe.watching():
         for batch in reiterable(batches):
             inputs = prepared(model, batch)
             inputs.pop("labels", None)

@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers.utils import logging
 
+from hf_stablespam._evaluating import evaluating
 from hf_stablespam.quant import fixed_weights
 
 logger = logging.get_logger(__name__)
@@ -90,21 +91,16 @@ def sample_responses(
         },
     )
     record.keep_whole_batches(batch_size, len(asked))
-    was_training = model.training
-    model.eval()
-    try:
-        with fixed_weights(model):  # 4-bit layers round their weights once
-            for start in logging.tqdm(range(len(record.rows), len(asked), batch_size), desc=f"Sampling {source}"):
-                batch = asked[start : start + batch_size]
-                answers = _generate(model, tokenizer, [inputs[i] for i in batch], options, f"{seed}/{source}/{start}")
-                record.append(
-                    [
-                        {"prompt": prompts[i], "response": text, "source": source, "finished": finished}
-                        for i, (text, finished) in zip(batch, answers, strict=True)
-                    ]
-                )
-    finally:
-        model.train(was_training)
+    with evaluating(model), fixed_weights(model):  # 4-bit layers round their weights once
+        for start in logging.tqdm(range(len(record.rows), len(asked), batch_size), desc=f"Sampling {source}"):
+            batch = asked[start : start + batch_size]
+            answers = _generate(model, tokenizer, [inputs[i] for i in batch], options, f"{seed}/{source}/{start}")
+            record.append(
+                [
+                    {"prompt": prompts[i], "response": text, "source": source, "finished": finished}
+                    for i, (text, finished) in zip(batch, answers, strict=True)
+                ]
+            )
     return Dataset.from_list(record.rows)
 
 

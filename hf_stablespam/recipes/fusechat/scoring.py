@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import nn
 from transformers.utils import logging
 
+from hf_stablespam._evaluating import evaluating
 from hf_stablespam._names import nearest
 
 logger = logging.get_logger(__name__)
@@ -113,11 +114,8 @@ class _RewardModel:
         device = next(self.model.parameters()).device
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)  # (batch, width)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-        was_training = self.model.training
-        self.model.eval()
-        with torch.inference_mode():
+        with evaluating(self.model), torch.inference_mode():
             output = self.model(input_ids=ids, attention_mask=mask)
-        self.model.train(was_training)
         scores = getattr(output, "score", None)
         if scores is None:
             scores = output.logits

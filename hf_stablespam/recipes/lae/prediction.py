@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
 
+from hf_stablespam._evaluating import evaluating
 from hf_stablespam.recipes.lae.adapters import OFFLINE, ONLINE, active_expert
 from hf_stablespam.recipes.lae.loss import columns_of
 from hf_stablespam.recipes.lae.model import LAEModel
@@ -79,7 +78,7 @@ def expert_logits(
         raise ValueError(f"experts must be among the model's adapters {present}, got {tuple(experts)}")
     given = {name: value for name, value in inputs.items() if name != "labels"}
     logits = {}
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for name in chosen:
             with active_expert(model.peft_model, name):
                 logits[name] = model(**given).logits
@@ -115,14 +114,3 @@ def score_dataset(
 
 def _probabilities(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -122,18 +121,6 @@ def prompt_ids(inputs: Any) -> torch.Tensor:
             f"{tuple(ids.shape)} of {ids.dtype}; search for each prompt on its own"
         )
     return ids.long()
-
-
-@contextlib.contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout off, and every module's mode as it was afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _sampling(options: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from hf_stablespam.recipes.llasa.generation import Continuations, evaluating
+from hf_stablespam._evaluating import evaluating
+from hf_stablespam.recipes.llasa.generation import Continuations
 from hf_stablespam.recipes.llasa.selection import (
     Candidate,
     SearchResult,

@@ -162,9 +162,7 @@ def refuse_wrapped(model: nn.Module) -> None:
         if is_sharded(parameter) or name.endswith("_flat_param"):
             raise ValueError("the model is sharded by FSDP, which holds no whole units; prune it before sharding")
         if hasattr(parameter, "ds_id"):
-            raise ValueError(
-                "the model is partitioned by DeepSpeed ZeRO-3, which holds no whole units; prune it before"
-            )
+            raise ValueError("DeepSpeed ZeRO-3 has partitioned the model and holds no whole units; prune it before")
 
 
 def refuse_hooks(layers: list[DecoderLayer]) -> None:
@@ -241,13 +239,9 @@ def _decoder_layer(name: str, module: Any) -> DecoderLayer:
     return DecoderLayer(name, module, head_dim, rows["q_proj"] // rows["k_proj"])
 
 
-def _weight(linear: Any) -> Tensor:
-    return getattr(linear, "base_layer", linear).weight
-
-
 def _rows(linear: Any) -> int:
-    return getattr(linear, "out_features", None) or _weight(linear).shape[0]
+    return getattr(linear, "out_features", None) or getattr(linear, "base_layer", linear).weight.shape[0]
 
 
 def _columns(linear: Any) -> int:
-    return getattr(linear, "in_features", None) or _weight(linear).shape[-1]
+    return getattr(linear, "in_features", None) or getattr(linear, "base_layer", linear).weight.shape[-1]
