@@ -1,6 +1,7 @@
 """The folders' rule: `optim`, `quant`, `monitor` know neither each other nor transformers; none knows `recipes`."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ def imported(tree: ast.AST, module: Path, *, at_import_only: bool) -> set[str]:
     return names
 
 
+@cache
 def imports_of(module: Path, *, at_import_only: bool = False) -> set[str]:
     return imported(ast.parse(module.read_text()), module, at_import_only=at_import_only)
 
@@ -67,6 +69,31 @@ def test_nothing_imports_a_recipe_but_the_recipe_itself():
         own = f"hf_stablespam.recipes.{rest[0]}" if folder == "recipes" and len(rest) > 1 else None
         recipes = within(imports_of(module), "hf_stablespam.recipes")
         assert recipes == (within(recipes, own) if own else set()), module
+
+
+def test_the_table_of_folders_is_the_tree():
+    """CONTRIBUTING names every folder of the package two levels deep, and no other; what it says of files is so."""
+    root = PACKAGE.parent
+    text = (root / "CONTRIBUTING.md").read_text()
+    named = {line.split("`")[1] for line in text.splitlines() if line.startswith("| `")}
+    rooms = {module.parent.relative_to(root) for module in MODULES if len(module.relative_to(PACKAGE).parts) <= 3}
+    within_recipes = Path("hf_stablespam/recipes")
+    expected = {str(room) for room in rooms if room != Path("hf_stablespam") and room.parent != within_recipes}
+    assert {name for name in named if name.startswith("hf_stablespam")} == expected
+    assert all((root / name).is_dir() for name in named)
+    advice = text.split("Where does a new")[1].split("\n## ")[0]
+    for path in (part for part in advice.split("`")[1::2] if "/" in part):
+        assert (PACKAGE / path).exists() or (root / path).exists(), path
+
+
+LARGEST_ROOM = 13
+
+
+def test_rooms_are_small():
+    """At most a dozen modules in a folder, beside its `__init__`."""
+    for folder in {module.parent for module in MODULES}:
+        names = [module.name for module in folder.glob("*.py") if module.name != "__init__.py"]
+        assert len(names) < LARGEST_ROOM, f"{folder.relative_to(PACKAGE)}: {sorted(names)}"
 
 
 def test_the_rule_would_notice_an_import():

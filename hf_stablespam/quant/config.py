@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -11,18 +10,9 @@ from typing import Any, ClassVar
 import torch
 
 from hf_stablespam._names import nearest
+from hf_stablespam.quant.config_checks import as_patterns, check_choices, check_formats, check_numbers, check_together
 from hf_stablespam.quant.formats.number_formats import Format, ScaleKind, get_format
 from hf_stablespam.quant.formats.quantizer import Quantizer
-
-CHOICES: dict[str, tuple[str | None, ...]] = {
-    "gradient_rounding": ("stochastic", "nearest"),
-    "hadamard": (None, "weight_grad", "all"),
-    "weight_block": ("1d", "2d"),
-    "adapters": ("separate", "merged"),
-    "mx_scale_rule": ("even", "floor", "rceil"),
-    "scale_dtype": ("bfloat16", "float16", "float32"),
-}
-MAX_OUTLIERS = 8
 
 
 @dataclass(frozen=True)
@@ -65,8 +55,9 @@ class FourBitConfig:
         modules_to_not_convert: names of layers to leave alone: a name, the end of a dotted name, or a regular
             expression for all of it.
         target_modules: convert only layers with these names, given in the same way; None: every `nn.Linear` but
-            output heads, poolers, what is tied to an embedding, and routers. One of those is converted if it is named
-            here (a regular expression names nothing) and not in `modules_to_not_convert`.
+            output heads, poolers, what is tied to an embedding, what is not called because the model reads its weight
+            itself, and routers. One of those is converted if it is named here (a regular expression names nothing) and
+            not in `modules_to_not_convert`.
         keep_last_blocks: this many of the model's last blocks stay in high precision.
         adapters: what PEFT's LoRA on a 4-bit layer is added to: ``"separate"``, the usual formula ``Q(W)·x + s·B·A·x``,
             whose merged weight is off the grid; or ``"merged"``, ``Q(W + s·B·A)·x``, so that merging and any export
@@ -113,58 +104,15 @@ class FourBitConfig:
     fused: bool = False
 
     def __post_init__(self) -> None:
-        for operand in ("weight", "activation", "gradient"):
-            if getattr(self, operand) is not None:
-                format = get_format(getattr(self, operand), operand)
-                if format.signed and operand != "weight":
-                    raise ValueError(
-                        f"{operand}={format.name!r}: this format is for weights only; set {operand}='int4'"
-                    )
+        check_formats(self)
         if self.activation_outliers is None:
             free = self.activation is not None and get_format(self.activation).block is None
             object.__setattr__(self, "activation_outliers", 2 if free else 0)
-        self._check_numbers()
-        self._check_choices()
+        check_numbers(self)
+        check_choices(self)
+        check_together(self)
         for field in ("modules_to_not_convert", "target_modules"):
-            object.__setattr__(self, field, _as_patterns(getattr(self, field), field))
-
-    def _check_numbers(self) -> None:
-        if self.group_size != "auto":
-            _check_integer("group_size", self.group_size, 1, None, "128 suits packed checkpoints, 'auto' most models")
-        _check_integer("keep_last_blocks", self.keep_last_blocks, 0, None, "0 keeps none")
-        _check_integer("hadamard_seed", self.hadamard_seed, 0, None, "0 is as good as any")
-        for field in ("activation_outliers", "weight_outliers"):
-            _check_integer(field, getattr(self, field), 0, MAX_OUTLIERS, "0 keeps none")
-        size = self.hadamard_size
-        if type(size) is not int or size not in (16, 32, 64, 128):
-            raise ValueError(f"hadamard_size must be 16, 32, 64 or 128, got {size!r}; 16 is the usual one")
-
-    def _check_choices(self) -> None:
-        for field, known in CHOICES.items():
-            if getattr(self, field) not in known:
-                names = ", ".join(repr(choice) for choice in known)
-                raise ValueError(
-                    f"{field} must be one of {names}, got {getattr(self, field)!r}; {known[0]!r} is the default"
-                )
-        for field in ("four_over_six", "cache_weights", "fused"):
-            if not isinstance(getattr(self, field), bool):
-                raise ValueError(f"{field} must be True or False, got {getattr(self, field)!r}")
-        if self.hadamard == "weight_grad" and self.gradient is None:
-            raise ValueError(
-                "hadamard='weight_grad' needs a gradient format, got gradient=None: the transform only serves"
-                " quantized operands; set gradient='nvfp4', or hadamard=None"
-            )
-        if self.weight_outliers and self.weight is not None and get_format(self.weight).signed:
-            raise ValueError(
-                f"weight_outliers must be 0 with weight={self.weight!r}, got {self.weight_outliers}: its codes reach as"
-                " far as the largest magnitude; set weight_outliers=0, or weight='int4'"
-            )
-        if self.four_over_six and "nvfp4" not in (self.weight, self.activation, self.gradient):
-            raise ValueError(
-                "four_over_six=True needs an operand in the format 'nvfp4', got"
-                f" weight={self.weight!r}, activation={self.activation!r}, gradient={self.gradient!r};"
-                " set weight='nvfp4', or four_over_six=False"
-            )
+            object.__setattr__(self, field, as_patterns(getattr(self, field), field))
 
     @classmethod
     def paper(cls, name: str = "int4") -> FourBitConfig:
@@ -275,26 +223,3 @@ def _quantizer(config: FourBitConfig, operand: str) -> Quantizer | None:
         four_over_six=config.four_over_six and format.scale is ScaleKind.E4M3,
         fused=config.fused,
     )
-
-
-def _check_integer(field: str, value: Any, low: int, high: int | None, remedy: str) -> None:
-    """Raise unless `value` is an integer from `low` to `high`; a bool is none."""
-    if type(value) is int and value >= low and (high is None or value <= high):
-        return
-    allowed = f"an integer from {low} to {high}" if high is not None else f"an integer, at least {low}"
-    raise ValueError(f"{field} must be {allowed}, got {value!r}; {remedy}")
-
-
-def _as_patterns(value: Any, field: str) -> tuple[str, ...] | None:
-    """Names as a tuple, each of which compiles as a regular expression; None only where it has a meaning."""
-    if value is None:
-        return None if field == "target_modules" else ()
-    names = (value,) if isinstance(value, str) else tuple(value)
-    for name in names:
-        try:
-            re.compile(name)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"{field} must hold names or regular expressions, got {name!r} ({error}); escape special characters"
-            ) from None
-    return names

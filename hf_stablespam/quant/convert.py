@@ -11,13 +11,15 @@ from torch import nn
 
 from hf_stablespam._announce import announce
 from hf_stablespam.quant.config import FourBitConfig
+from hf_stablespam.quant.direct_reads import directly_read
 from hf_stablespam.quant.formats.number_formats import ScaleKind
 from hf_stablespam.quant.high_precision import high_precision_layers
-from hf_stablespam.quant.layers.adapters import adopt_adapters, release_adapters
+from hf_stablespam.quant.layers.adapters import adapter_parts, adopt_adapters, check_adapters, release_adapters
 from hf_stablespam.quant.layers.experts import FourBitExperts, is_experts
+from hf_stablespam.quant.layers.instance_forward import check_forward
 from hf_stablespam.quant.layers.linear import FourBitLinear, check_weight
 from hf_stablespam.quant.parameter_counts import in_words
-from hf_stablespam.quant.target_layers import ADAPTER_CONTAINERS, target_layers, with_group_size
+from hf_stablespam.quant.target_layers import is_adapter, target_layers, with_group_size
 
 logger = logging.getLogger(__name__)
 
@@ -47,15 +49,17 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
     Args:
         model: any module. Layers whose type is exactly `nn.Linear` are converted, and modules that hold the experts
             of a mixture as transformers 5 does, without those named in `modules_to_not_convert`, adapters of PEFT, and
-            the last blocks if `keep_last_blocks` says so. Output heads and poolers, what is tied to an embedding, and
-            the routers of mixtures are left alone as well, unless `target_modules` names them.
+            the last blocks if `keep_last_blocks` says so. Output heads and poolers, what is tied to an embedding, what
+            is not called because the model reads its weight itself (Mamba's ``dt_proj``), and the routers of mixtures
+            are left alone as well, unless `target_modules` names them.
         config: formats and which layers; default `FourBitConfig()`.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: no layer to convert, or a model converted with another configuration.
+        ValueError: no layer to convert, a model converted with another configuration, an adapter of PEFT that does not
+            call the layer under it, or a layer whose forward somebody has replaced.
         TypeError: a weight that is not floating-point.
 
     Example:
@@ -71,6 +75,7 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
     for name, module in model.named_modules():
         if type(module) is nn.Linear and name in wanted:
             check_weight(module.weight, f"{name}.weight" if name else "weight")
+            check_forward(module, name)
             chosen[name] = module
         elif is_experts(module) and not isinstance(module, FourBitExperts) and name in wanted:
             experts[name] = module
@@ -89,13 +94,25 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
         return model
     if not chosen and not experts and not converted:
         raise ValueError(f"no layer to convert to 4 bits: {_why_nothing(model, config)}")
+    for name in chosen.keys() & directly_read(model).keys():
+        logger.warning(
+            "%s, named in target_modules, is a layer whose weight %s may read and multiply by itself: what it computes"
+            " there is not in 4 bits; leave the layer out unless you know that it is called",
+            *(name, directly_read(model)[name]),
+        )
     for module in chosen.values():
         FourBitLinear.adopt(module, config)
     for block in experts.values():
         FourBitExperts.adopt(block, config)
     _share_scales(model, config)
     adopt_adapters(model)
+    check_adapters(model)
     _note_in_config(model, config.to_dict())
+    if unknown := _unknown_experts(model):
+        logger.warning(
+            "%s: the experts of this mixture are in a form that is not known here, and stay in high precision",
+            ", ".join(sorted(unknown)),
+        )
     if chosen or experts:
         announce(
             logger,
@@ -137,15 +154,25 @@ convert_from_4bit = restore_linear
 def left_alone(model: nn.Module) -> list[str]:
     """What has a weight matrix and is not converted: ``name (type)``, layers of all blocks under one name."""
     found: Counter[str] = Counter()
+    readers, adapters = directly_read(model), adapter_parts(model)
     for name, module in model.named_modules():
         own = any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
-        if (
-            own
-            and not isinstance(module, (FourBitLinear, FourBitExperts, *QUIET))
-            and not ADAPTER_CONTAINERS.search(name)
-        ):
-            found[f"{re.sub(r'[.][0-9]+(?=[.]|$)', '.*', name)} ({type(module).__name__})"] += 1
+        quiet = isinstance(module, (FourBitLinear, FourBitExperts, *QUIET)) or is_adapter(name, adapters)
+        if own and not quiet:
+            why = f", whose weight {readers[name]} reads itself" if name in readers else ""
+            found[f"{re.sub(r'[.][0-9]+(?=[.]|$)', '.*', name)} ({type(module).__name__}{why})"] += 1
     return [text if count == 1 else f"{text} ×{count}" for text, count in found.items()]
+
+
+def _unknown_experts(model: nn.Module) -> set[str]:
+    """Classes of modules that hold matrices of experts, but not as transformers' implementations share them."""
+    return {
+        type(module).__name__
+        for module in model.modules()
+        if "expert" in type(module).__name__.lower()
+        and not is_experts(module)
+        and any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+    }
 
 
 def _share_scales(model: nn.Module, config: FourBitConfig) -> None:
@@ -182,7 +209,7 @@ def _why_nothing(model: nn.Module, config: FourBitConfig) -> str:
     """The rest of the message for a model without a layer to convert."""
     linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     heads = high_precision_layers(model).intersection(linears)
-    others = [text for text in left_alone(model) if not text.endswith("(Linear)")]
+    others = [text for text in left_alone(model) if not re.search(r"\(Linear[),]", text)]
     unsupported = f"other kinds of layers are not supported: {', '.join(others)}" if others else ""
     if len(linears) == len(heads):
         what = unsupported or f"it has no {'other weight matrix' if heads else 'weight matrix at all'}"

@@ -1,10 +1,12 @@
-"""Which linear layers stay in high precision by themselves: output heads, what is tied to an embedding, routers."""
+"""Which linear layers stay in high precision by themselves: heads, what is tied or not called, routers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from torch import nn
+
+from hf_stablespam.quant.direct_reads import directly_read
 
 # Heads and poolers by the names that transformers gives them, for models that do not say what their base is.
 HEADS = frozenset({"lm_head", "cls", "classifier", "score", "qa_outputs", "pooler"})
@@ -15,19 +17,23 @@ def high_precision_layers(model: nn.Module) -> set[str]:
     """Names of the modules of `model` that are not 4-bit unless `target_modules` names them.
 
     These are output heads (what `get_output_embeddings` returns, what a transformers model holds beside its base,
-    and the usual names of heads and poolers), linear layers whose weight is an embedding's, and the routers and
-    gates of mixtures of experts.
+    and the usual names of heads and poolers), linear layers whose weight is an embedding's, those whose weight the
+    model multiplies by itself instead of calling them, the routers and gates of mixtures of experts, and what shares
+    its weight with one of these.
     """
     modules = dict(model.named_modules())
     apart = {id(module) for owner in modules.values() for module in _heads(owner)}
     embedded = {id(module.weight) for module in modules.values() if isinstance(module, nn.Embedding)}
-    found = set()
+    found = set(directly_read(model))
     for name, module in modules.items():
         parts = name.split(".")
         tied = isinstance(module, nn.Linear) and id(module.weight) in embedded
         if tied or id(module) in apart or not HEADS.isdisjoint(parts) or _is_router(parts, modules):
             found.add(name)
-    return found
+    kept = {id(modules[name].weight) for name in found if isinstance(modules[name], nn.Linear)}
+    return found | {
+        name for name, module in modules.items() if isinstance(module, nn.Linear) and id(module.weight) in kept
+    }
 
 
 def _heads(owner: nn.Module) -> Iterator[nn.Module]:

@@ -10,23 +10,25 @@ from torch import nn
 
 from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.high_precision import high_precision_layers
+from hf_stablespam.quant.layers.adapters import adapter_parts
 from hf_stablespam.quant.layers.experts import is_experts, weight_names
 from hf_stablespam.quant.layers.linear import FourBitLinear
 
 # Groups that `group_size="auto"` tries; all of them can be packed, and fast kernels know them.
 AUTO_GROUPS = (128, 64, 32)
-# Layers of PEFT that hold the adapter: small, and trained in full precision.
-ADAPTER_CONTAINERS = re.compile(r"(^|\.)(lora_|vera_|ia3_|oft_|boft_|parallel_adapter_|modules_to_save)")
+# What PEFT trains beside adapters that are layers of its own, and an adapter of ours.
+TRAINED_WHOLE = re.compile(r"(^|\.)(parallel_adapter_|modules_to_save)")
 
 
 def target_layers(model: nn.Module, config: FourBitConfig) -> dict[str, nn.Module]:
     """The linear layers and blocks of experts that the configuration asks for, converted already or not."""
     high_precision, kept = high_precision_layers(model), _kept_blocks(model, config.keep_last_blocks)
+    adapters = adapter_parts(model)
     wanted = {}
     for name, module in model.named_modules():
         if type(module) is not nn.Linear and not isinstance(module, FourBitLinear) and not is_experts(module):
             continue
-        if _matches(name, config.modules_to_not_convert) or ADAPTER_CONTAINERS.search(name):
+        if _matches(name, config.modules_to_not_convert) or is_adapter(name, adapters):
             continue
         if config.target_modules is not None and not _matches(name, config.target_modules):
             continue
@@ -35,6 +37,11 @@ def target_layers(model: nn.Module, config: FourBitConfig) -> dict[str, nn.Modul
         if not any(name.startswith(block + ".") for block in kept):
             wanted[name] = module
     return wanted
+
+
+def is_adapter(name: str, adapters: set[str]) -> bool:
+    """Whether a module belongs to an adapter: these are small, and trained in full precision."""
+    return name in adapters or TRAINED_WHOLE.search(name) is not None
 
 
 def with_group_size(config: FourBitConfig, layers: Mapping[str, nn.Module]) -> FourBitConfig:

@@ -6,11 +6,19 @@ from collections.abc import Sequence
 from hf_stablespam._names import add_option
 
 CONFIG_OPTIONS = ("weight", "group_size")
+# An option of one target → that target.
+ONLY_FOR = {"leave_unpackable": "compressed-tensors", "dtype": "compressed-tensors"}
+ONLY_FOR |= {"embedding": "gguf", "overwrite": "gguf"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m hf_stablespam export CHECKPOINT OUTPUT``."""
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    for option, target in ONLY_FOR.items():
+        if getattr(parsed, option) != parser.get_default(option) and parsed.to != target:
+            name = "--" + option.replace("_", "-")
+            parser.error(f"{name} counts for nothing with --to {parsed.to}; leave it out, or write --to {target}")
     from hf_stablespam.trainer.export_checkpoint import export_with  # here, because it imports torch and transformers
 
     changes = {name: getattr(parsed, name) for name in CONFIG_OPTIONS if getattr(parsed, name) is not None}

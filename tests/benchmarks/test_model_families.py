@@ -15,6 +15,10 @@ from benchmarks import model_families as families
         ("BertForMaskedLM", "masked", families.PLAIN),
         ("MixtralForCausalLM", "causal", families.PLAIN),
         ("AriaTextForCausalLM", "causal", families.PLAIN),  # experts in a file layout of its own
+        ("MambaForCausalLM", "causal", families.PLAIN),  # some layers are not called
+        ("Llama4ForCausalLM", "causal", families.PLAIN),  # experts that transformers takes apart
+        ("OlmoHybridForCausalLM", "causal", families.PLAIN),  # a convolution in three pieces
+        ("NeoMMEForMaskedLM", "masked", families.DEQUANTIZED),  # tied projections
         ("RwkvForCausalLM", "causal", families.DEQUANTIZED),
         ("GPT2LMHeadModel", "causal", families.NO_LAYER),
     ],

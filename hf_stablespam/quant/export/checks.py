@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.export.experts import four_bit_experts, stays_unpacked
-from hf_stablespam.quant.export.initialization import warn_of_initialization
+from hf_stablespam.quant.export.initialization import warn_of_float32_scales, warn_of_initialization
 from hf_stablespam.quant.export.packing import KERNEL_GROUPS, fitting_groups
 from hf_stablespam.quant.export.widths import CONFIG_KEY, text_config
 from hf_stablespam.quant.formats.number_formats import FORMATS, ScaleKind, get_format
@@ -59,6 +59,7 @@ def check_packable(
             " for example 'auto'"
         )
     warn_of_initialization(model, layers.keys() - set(failing))
+    warn_of_float32_scales(model)
     return config
 
 

@@ -31,6 +31,8 @@ from hf_stablespam.quant.export.experts import (
     stays_unpacked,
 )
 from hf_stablespam.quant.export.packing import compressed_tensors_scheme, pack_weight
+from hf_stablespam.quant.export.sequential_experts import take_apart
+from hf_stablespam.quant.export.split_weights import splits_others
 from hf_stablespam.quant.export.state import whole_state_dict
 from hf_stablespam.quant.export.widths import write_widths
 from hf_stablespam.quant.formats.scales import tensor_scale
@@ -102,17 +104,23 @@ def export_4bit(
             if name in amax:
                 packed["input_global_scale"] = (1.0 / tensor_scale(amax[name])).reshape(1)
             tensors.update({f"{prefix}{key}": value.contiguous() for key, value in packed.items()})
+    apart = take_apart(model, tensors)
     rounds_experts = stays_unpacked(model, config, quantizer.group_size) is not None or has_plain_experts(model)
     tensors.update(expert_tensors(model, dtype, rounded=rounds_experts))
     if is_main_process:
+        quantization = _quantization_config(model, scheme, unpacked, apart)
         with atomic_folder(directory) as folder:
-            _save(model, folder, tensors, _quantization_config(model, scheme, unpacked), dtype, rounds_experts)
+            _save(model, folder, tensors, quantization, dtype, rounds_experts)
+            if not rounds_experts and splits_others(folder, tensors):
+                rounds_experts = bool(four_bit_experts(model))
+                tensors.update(expert_tensors(model, dtype, rounded=True))
+                _save(model, folder, tensors, quantization, dtype, True)
             if four_bit_experts(model) and not rounds_experts:
                 packed_experts = pack_experts(folder, model, quantizer, scheme, dtype)
                 rounds_experts = not packed_experts
                 if packed_experts is None:
                     tensors.update(expert_tensors(model, dtype, rounded=True))
-                    _save(model, folder, tensors, _quantization_config(model, scheme, unpacked), dtype, True)
+                    _save(model, folder, tensors, quantization, dtype, True)
             if processing_class is not None:
                 processing_class.save_pretrained(folder)
         packed_count = len(layers) - len(unpacked)
@@ -123,7 +131,7 @@ def export_4bit(
         )
 
 
-def _quantization_config(model: nn.Module, scheme: Any, unpacked: set[str]) -> dict[str, Any]:
+def _quantization_config(model: nn.Module, scheme: Any, unpacked: set[str], apart: list[str]) -> dict[str, Any]:
     """What ``config.json`` says about the packed layers."""
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 
@@ -136,7 +144,7 @@ def _quantization_config(model: nn.Module, scheme: Any, unpacked: set[str]) -> d
         config_groups={"group_0": scheme},
         format=str(getattr(scheme.format, "value", scheme.format)),
         quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=plain,
+        ignore=[*plain, *apart],
     )
     return json.loads(config.model_dump_json(exclude_none=True))
 
@@ -164,7 +172,8 @@ def _save(
     config.quantization_config = quantization
     try:
         how = {"save_original_format": False} if own_names else {}
-        model.save_pretrained(directory, state_dict=tensors, **how)  # type: ignore[operator]
+        # A copy: what was written is taken out of it.
+        model.save_pretrained(directory, state_dict=dict(tensors), **how)  # type: ignore[operator]
     finally:
         if before is None:
             del config.quantization_config

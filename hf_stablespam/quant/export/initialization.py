@@ -1,4 +1,4 @@
-"""Whether transformers can load a model whose layers are packed: some models initialize weights that are not there."""
+"""Whether transformers can load a model whose layers are packed, and how, where it cannot plainly."""
 
 from __future__ import annotations
 
@@ -30,6 +30,20 @@ def warn_of_initialization(model: nn.Module, packed: Iterable[str]) -> None:
             " from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True)) of transformers 5"
             " loads them",
             *(type(model).__name__, missing),
+        )
+
+
+def warn_of_float32_scales(model: nn.Module) -> None:
+    """Warn if transformers will load the scales of packed layers in float32, into a bfloat16 model.
+
+    HYV4 keeps its parameters called ``scale`` in float32, and transformers takes ``weight_scale`` for one of them.
+    """
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    if "scale" in kept or "weight_scale" in kept:
+        logger.warning(
+            "%s: transformers keeps what is called 'scale' in float32, and so the packed layers' weight_scale, which"
+            " fails beside bfloat16; from_pretrained(..., dtype=torch.float32) loads the checkpoint",
+            type(model).__name__,
         )
 
 

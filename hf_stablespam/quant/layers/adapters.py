@@ -1,4 +1,4 @@
-"""Which layers of PEFT compute ``Q(W + s·B·A)``: those over a 4-bit layer with ``adapters="merged"``.
+"""Adapters of PEFT over 4-bit layers: which of them compute ``Q(W + s·B·A)``, and which cannot be used at all.
 
 PEFT is not imported here: where it has not been, there is no adapter.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_stablespam.quant.layers.linear import FourBitLinear
@@ -27,6 +28,68 @@ def adopt_adapters(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, tuners.BaseTunerLayer):
             adopt_adapter(module, name)
+
+
+def adapter_parts(model: nn.Module) -> set[str]:
+    """Names of the modules of PEFT's adapters in `model`, without the layers that they adapt."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    parts: set[str] = set()
+    if tuners is None:
+        return parts
+    for name, module in model.named_modules():
+        if isinstance(module, tuners.BaseTunerLayer):
+            below = (inner for inner, _ in module.named_modules() if inner and inner.split(".")[0] != "base_layer")
+            parts |= {f"{name}.{inner}" if name else inner for inner in below}
+    return parts
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Raise unless every adapter of `model` over a 4-bit layer calls that layer.
+
+    BOFT and some others multiply by a changed copy of the weight instead: nothing of it would be in 4 bits. One layer
+    of each kind is tried on a row of zeros, with nothing in the place of the 4-bit product.
+
+    Raises:
+        ValueError: a kind of adapter that does not, with the name of its first layer.
+    """
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is None:
+        return
+    tried: set[type] = set()
+    for name, module in model.named_modules():
+        if type(module) in tried or not isinstance(module, tuners.BaseTunerLayer):
+            continue
+        base: Any = module.get_base_layer()
+        if isinstance(base, FourBitLinear) and not base.adapter:
+            tried.add(type(module))
+            if not _calls(module, base):
+                kind = f"{type(module).__module__}.{type(module).__name__}"
+                raise ValueError(
+                    f"{name} is an adapter ({kind}) that never calls the 4-bit layer under it but computes with its"
+                    " weight, or a copy, itself: nothing of that would be in 4 bits; use an adapter that adds to the"
+                    " layer's output, such as LoRA, or name the layer in modules_to_not_convert"
+                )
+
+
+def _calls(adapter: Any, base: FourBitLinear) -> bool:
+    """Whether the forward pass of an adapter calls the layer under it; True where it cannot be tried."""
+    called = False
+
+    def stand_in(x: torch.Tensor) -> torch.Tensor:
+        nonlocal called
+        called = True
+        return x.new_zeros(*x.shape[:-1], base.out_features)
+
+    row = torch.zeros(1, base.in_features, dtype=base.weight.dtype, device=base.weight.device)
+    base.__dict__["forward"] = stand_in
+    try:
+        with torch.no_grad():
+            adapter(row)
+    except Exception:  # an adapter with arguments of its own, or on the meta device
+        return True
+    finally:
+        del base.__dict__["forward"]
+    return called
 
 
 def adopt_adapter(layer: Any, name: str = "") -> None:
@@ -56,6 +119,6 @@ def release_adapters(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, MergedLoraLinear):
             layer: Any = module
-            layer.forget_merged()
             layer.get_base_layer().adapter = ()
+            layer.get_base_layer().forget_weight()
             layer.__class__ = lora.Linear

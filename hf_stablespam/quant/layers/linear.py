@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_stablespam._sharded import full
 from hf_stablespam.quant.config import FourBitConfig
+from hf_stablespam.quant.layers.instance_forward import rebind_forward
 from hf_stablespam.quant.layers.matmul import FourBitMatmul, Recipe, quantize_weight
 
 
@@ -53,6 +54,7 @@ class FourBitLinear(nn.Linear):
         linear.__class__ = cls
         adopted: FourBitLinear = linear  # type: ignore[assignment]
         adopted.configure(config)
+        rebind_forward(adopted, nn.Linear, cls)
         return adopted
 
     def configure(self, config: FourBitConfig) -> None:
@@ -67,21 +69,25 @@ class FourBitLinear(nn.Linear):
         self.adapter: tuple[Any, ...] = ()
         self._parameter_id = id(self.weight)
         self._fixed = 0  # how many `fixed_weights` blocks are open
+        self._called = False  # since it was converted
         self.forget_weight()
 
     def release(self) -> nn.Linear:
         """Turn the layer back into a plain `nn.Linear`, in place."""
-        for name in ("four_bit", "recipe", "scale_partners", "adapter", "_parameter_id", "_fixed", "_kept"):
+        for name in ("four_bit", "recipe", "scale_partners", "adapter", "_parameter_id", "_fixed", "_called", "_kept"):
             del self.__dict__[name]
+        rebind_forward(self, type(self), nn.Linear)
         self.__class__ = nn.Linear  # type: ignore[assignment]
         return self
 
     def forget_weight(self) -> None:
         """Drop the 4-bit weight that a `fixed_weights` block keeps; outside of one there is none."""
-        self._kept: tuple[torch.dtype, list[tuple[Tensor, int, int]], Tensor] | None = None
+        self._kept: tuple[Any, list[tuple[Tensor, int, int]], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to `x` (..., in_features)."""
+        if not torch.compiler.is_compiling() and not self._called:
+            self._called = True
         device = x.device.type
         if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
             return self._product(x, self.weight.dtype, self.bias)
@@ -115,7 +121,7 @@ class FourBitLinear(nn.Linear):
     def _product(self, x: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling() or not (self._fixed or self._saves_weight()):
             return FourBitMatmul.apply(x, self.weight, bias, None, self.shared_amax(), self.recipe)
-        weight_q = self._fixed_weight(dtype) if self._fixed else self.quantized_weight(dtype)
+        weight_q = self.fixed_weight(dtype, self.quantized_weight)
         return FourBitMatmul.apply(x, self.weight, bias, weight_q, None, self.recipe)
 
     def _saves_weight(self) -> bool:
@@ -127,24 +133,40 @@ class FourBitLinear(nn.Linear):
         replaced = id(self.weight) != self._parameter_id
         return not (replaced and torch.distributed.is_available() and torch.distributed.is_initialized())
 
-    def _fixed_weight(self, dtype: torch.dtype) -> Tensor:
-        """The 4-bit weight, kept while a `fixed_weights` block is open."""
-        sources = [self.weight, *(partner.weight for partner in self.scale_partners)]
-        if any(source.is_inference() for source in sources):  # these count no versions
-            return self.quantized_weight(dtype)
+    def fixed_weight(self, dtype: torch.dtype, make: Callable[[torch.dtype], Tensor]) -> Tensor:
+        """``make(dtype)``, the 4-bit weight, kept while a `fixed_weights` block is open."""
+        sources, settings = self._made_from()
+        if not self._fixed or any(source.is_inference() for source in sources):  # these count no versions
+            return make(dtype)
+        what = (dtype, settings)
         key = [(source, source._version, source.data_ptr()) for source in sources]
-        if self._kept is not None and self._kept[0] == dtype and _same(self._kept[1], key):
+        if self._kept is not None and self._kept[0] == what and _same(self._kept[1], key):
             return self._kept[2]
         self._kept = None  # freed before its successor is made
-        self._kept = (dtype, key, self.quantized_weight(dtype))
+        self._kept = (what, key, make(dtype))
         return self._kept[2]
+
+    def _made_from(self) -> tuple[list[Tensor], list[Any]]:
+        """The tensors that the 4-bit weight is made from, those of the partners too, and what else decides on it."""
+        sources: list[Tensor] = []
+        settings: list[Any] = []
+        for layer in self.scale_partners or (self,):
+            sources.append(layer.weight)
+            if layer.adapter and layer.adapter[0].is_merging():
+                tensors, names = layer.adapter[0].merged_from()
+                sources += tensors
+                settings += [names]
+        return sources, settings
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.forget_weight()
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None, "_fixed": 0}
+        return {**self.__dict__, "_kept": None, "_fixed": 0, "_called": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_called": False, **state})  # of an earlier version
 
     def extra_repr(self) -> str:
         config = self.four_bit
@@ -185,6 +207,20 @@ def fixed_weights(model: nn.Module) -> Iterator[None]:
             layer._fixed -= 1
             if not layer._fixed:
                 layer.forget_weight()
+
+
+def trained_uncalled(model: nn.Module) -> list[str]:
+    """Names of 4-bit layers that were never called although their weight has a gradient.
+
+    Something else multiplied by the weight, in high precision. Nothing is known of compiled layers.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, FourBitLinear) and not module.adapter
+    }
+    called = {id(layer.weight) for layer in layers.values() if layer._called}
+    return [name for name, layer in layers.items() if layer.weight.grad is not None and id(layer.weight) not in called]
 
 
 def check_weight(weight: Tensor, name: str = "weight") -> None:

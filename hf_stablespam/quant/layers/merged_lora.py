@@ -21,20 +21,9 @@ import torch.nn.functional as F
 from peft.tuners import lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_stablespam._sharded import is_sharded
 from hf_stablespam.quant.layers.matmul import FourBitMatmul, Recipe, on_grid, quantize_weight
-
-_steps = 0
-
-
-def _count_step(*_: Any) -> None:
-    global _steps
-    _steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
 
 
 class MergedLoraLinear(lora.Linear):
@@ -117,12 +106,12 @@ class MergedLoraLinear(lora.Linear):
         super().unmerge()
         self._after_change()
 
-    def forget_merged(self) -> None:
-        """Drop the merged 4-bit weight that is kept for the micro-batches of a step."""
-        self.__dict__.pop("_kept_merged", None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_kept_merged"}
+    def merged_from(self) -> tuple[list[Tensor], list[Any]]:
+        """What `merged_weight` is made of beside the base's weight: the adapters' tensors, and which and how strong."""
+        names = self._active()
+        vectors: Any = self.lora_magnitude_vector
+        magnitudes = [vectors[name].weight for name in names if self._is_dora(name)]
+        return [*self._matrices(names), *magnitudes], [(name, self.scaling[name]) for name in names]
 
     def _base(self) -> Any:
         return self.get_base_layer()  # a FourBitLinear
@@ -175,36 +164,15 @@ class MergedLoraLinear(lora.Linear):
         return FourBitMatmul.apply(x, weight, bias, weight_q, base.shared_amax(), recipe)
 
     def _rounded(self, dtype: torch.dtype) -> Tensor:
-        """Q(W') in `dtype`; in training the same for all micro-batches of an optimizer step."""
-        key = (dtype, _steps, tuple(self._active()), tuple(self.scaling.values()), *self._versions())
-        kept = self.__dict__.get("_kept_merged")
-        if kept is not None and kept[0] == key and self._may_keep():
-            return kept[1]
-        self.forget_merged()  # freed before its successor is made
+        """Q(W') in `dtype`, made anew unless a `fixed_weights` block is open: A and B may have been written to."""
+        return self._base().fixed_weight(dtype, self._round_merged)
+
+    def _round_merged(self, dtype: torch.dtype) -> Tensor:
         base = self._base()
         with torch.no_grad():
-            rounded = quantize_weight(self.merged_weight(), base.recipe, dtype, base.shared_amax())
-        if self._may_keep():
-            self.__dict__["_kept_merged"] = (key, rounded)
-        return rounded
-
-    def _may_keep(self) -> bool:
-        """Only between the micro-batches of a step: there nothing writes to a weight but what leaves a trace."""
-        keeps = self._base().four_bit.cache_weights and not self._base().scale_partners
-        return keeps and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-    def _versions(self) -> list[tuple[int, int]]:
-        tensors = [self._base().weight]
-        for name in self._active():
-            tensors += [self.lora_A[name].weight, self.lora_B[name].weight]
-        return (
-            [(tensor._version, tensor.data_ptr()) for tensor in tensors]
-            if not self._base().weight.is_inference()
-            else []
-        )
+            return quantize_weight(self.merged_weight(), base.recipe, dtype, base.shared_amax())
 
     def _after_change(self) -> None:
-        self.forget_merged()
         self._base().forget_weight()
 
 

@@ -12,6 +12,7 @@ from transformers import GenerationMixin, TrainerCallback, TrainerControl, Train
 from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, export_4bit, export_gguf, fixed_weights
 from hf_stablespam.quant.export.checks import check_packable
 from hf_stablespam.quant.export.gguf.checks import check_gguf
+from hf_stablespam.trainer.callbacks.helpers.uncalled_layers import refuse_uncalled_layers
 from hf_stablespam.trainer.patching import patch
 from hf_stablespam.trainer.reference_model import convert_references
 
@@ -28,11 +29,13 @@ class FourBitCallback(TrainerCallback):
         export: write a packed 4-bit checkpoint when training ends: True for the folder ``4bit`` in `output_dir`, or
             the folder to write to; ``"gguf"`` for the file ``model.gguf`` in `output_dir`, or a file that ends in
             ``.gguf``. What cannot be packed is an error before training. What an earlier run wrote is replaced.
-        leave_unpackable: with `export`: store layers whose rows the group does not divide unpacked instead of raising.
+        leave_unpackable: with `export` to a folder: store layers whose rows the group does not divide unpacked instead
+            of raising.
 
     Raises:
         TypeError: `config` is something else.
-        ValueError: from `convert_to_4bit`, for example when the model has no linear layer.
+        ValueError: `leave_unpackable` without such an `export`; from `convert_to_4bit`, for example when the model has
+            no linear layer; before the first update, 4-bit layers that the model never calls.
 
     Example:
         >>> callback = FourBitCallback(FourBitConfig(weight="int4", activation=None))
@@ -49,10 +52,16 @@ class FourBitCallback(TrainerCallback):
     ) -> None:
         if config is not None and not isinstance(config, FourBitConfig):
             raise TypeError(f"config must be a FourBitConfig, got {type(config).__name__}; use FourBitConfig(...)")
+        if leave_unpackable and (not export or _is_gguf(export)):
+            raise ValueError(
+                f"leave_unpackable=True needs export to be True or a folder, got export={export!r}: it says how a"
+                " packed checkpoint is written; set export, or leave leave_unpackable out"
+            )
         self.config = config or FourBitConfig()
         self._is_default = config is None
         self.export = export
         self.leave_unpackable = leave_unpackable
+        self._calls_are_checked = False
         patch(GenerationMixin, "generate", _with_fixed_weights)  # for GRPO and sequence to sequence
         convert_references()
 
@@ -70,6 +79,14 @@ class FourBitCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
     ) -> None:
         self._convert(model)
+        self._calls_are_checked = False
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
+    ) -> None:
+        if not self._calls_are_checked:
+            self._calls_are_checked = True
+            refuse_uncalled_layers(model, args)
 
     def on_train_end(
         self,
@@ -104,10 +121,13 @@ class FourBitCallback(TrainerCallback):
 
     def _gguf_file(self, args: TrainingArguments) -> Path | None:
         """The GGUF file to write, if `export` asks for one."""
-        if self.export == "gguf":
-            return Path(str(args.output_dir), "model.gguf")
-        is_file = not isinstance(self.export, bool) and Path(self.export).suffix == ".gguf"
-        return Path(self.export) if is_file else None  # type: ignore[arg-type]
+        if not _is_gguf(self.export):
+            return None
+        return Path(str(args.output_dir), "model.gguf") if self.export == "gguf" else Path(str(self.export))
+
+
+def _is_gguf(export: bool | str | os.PathLike[str]) -> bool:
+    return not isinstance(export, bool) and (export == "gguf" or Path(export).suffix == ".gguf")
 
 
 def _with_fixed_weights(generate: Callable[..., Any]) -> Callable[..., Any]:

@@ -41,6 +41,11 @@ class StabilizeCallback(TrainerCallback):
         eps: float = 1e-8,
     ) -> None:
         check_stabilize_options(clip_beta, norm_betas, eps)
+        if norm_betas is None and eps != 1e-8:
+            raise ValueError(
+                f"eps={eps!r} needs norm_betas, got None: it is in the denominator of AdaGN alone; set norm_betas, or"
+                " leave eps out"
+            )
         self.clip_beta, self.norm_betas, self.eps = clip_beta, norm_betas, eps
         self._stabilizer: object | None = None
 

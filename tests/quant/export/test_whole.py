@@ -198,3 +198,12 @@ def test_two_processes_export_the_same_files_as_one(tmp_path: Path) -> None:
     for name, make in GGUF.items() if importlib.util.find_spec("gguf") is not None else ():
         export_gguf(make(), tmp_path / f"one {name}.gguf")
         assert (tmp_path / f"sharded {name}.gguf").read_bytes() == (tmp_path / f"one {name}.gguf").read_bytes(), name
+
+
+def test_scales_that_transformers_would_load_in_another_dtype_are_warned_about(caplog: Any) -> None:
+    model = convert_to_4bit(llama(), INT4)
+    model._keep_in_fp32_modules_strict = {"scale"}  # as HYV4 has it
+    with caplog.at_level(logging.WARNING, logger="hf_stablespam"):
+        check_packable(model)
+    assert "'scale' in float32, and so the packed layers' weight_scale" in caplog.text
+    assert "from_pretrained(..., dtype=torch.float32) loads the checkpoint" in caplog.text

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from peft.tuners import lora
 from torch import nn
 
-from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, restore_linear
+from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, fixed_weights, restore_linear
 from hf_stablespam.quant.layers.matmul import quantize_weight
 from hf_stablespam.quant.layers.merged_lora import MergedLoraLinear
 from tests.quant.export.gguf.models import tiny
@@ -112,27 +112,51 @@ def test_gradients_are_those_of_the_merged_weight(case: str) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_the_rounded_weight_is_made_once_for_the_micro_batches_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_stablespam.quant import merged_lora
+def expected(layer: MergedLoraLinear, x: torch.Tensor) -> torch.Tensor:
+    base, weight = layer.get_base_layer(), layer.merged_weight()
+    rounded = quantize_weight(weight, base.recipe, weight.dtype, base.shared_amax())
+    return nn.functional.linear(x, rounded, layer._bias(layer._active()))
 
+
+@pytest.mark.parametrize("write", ["trace", "data"])
+def test_the_weight_is_that_of_the_present_matrices_between_micro_batches_too(write: str) -> None:
+    layer, x = layer_of(adapted()).train(), torch.randn(3, 128)
+    for factor in (2.0, 0.5, -1.0):
+        layer(x).sum().backward()
+        for parameter in layer.lora_B.parameters():
+            if write == "data":
+                parameter.data *= factor  # of which PyTorch leaves no trace
+            else:
+                with torch.no_grad():
+                    parameter.mul_(factor)
+        assert torch.equal(layer(x), expected(layer, x))
+
+
+def test_generation_rounds_once_and_sees_every_traced_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_stablespam.quant.layers import merged_lora
+
+    model = adapted(FourBitConfig("nvfp4", None, adapters="merged")).eval()
+    layer, x = layer_of(model), torch.randn(3, 128)
+    partner = model.base_model.model.model.layers[1].self_attn.k_proj
     made = []
     original = merged_lora.quantize_weight
     monkeypatch.setattr(merged_lora, "quantize_weight", lambda *a: made.append(1) or original(*a))
-    layer = layer_of(adapted()).train()
-    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-2)
-    x = torch.randn(3, 128)
-    for expected in (1, 2):
-        for _ in range(3):
-            layer(x).sum().backward()
-        assert len(made) == expected
-        optimizer.step()
-    with torch.no_grad():
-        layer.lora_B["default"].weight.mul_(2.0)  # no step, but a trace
-    assert torch.equal(layer(x), reference(layer, x))
-    layer.eval()
+    with torch.no_grad(), fixed_weights(model):
+        assert torch.equal(layer(x), layer(x))
+        assert len(made) == 1
+        for changed in (layer.lora_A, partner.lora_B):  # the partner's maximum is in the shared scale
+            changed["default"].weight.mul_(30.0)
+            assert torch.equal(layer(x), expected(layer, x))
+        layer.scaling["default"] *= 2
+        assert torch.equal(layer(x), expected(layer, x))
+        assert len(made) == 4
+        model.disable_adapter_layers()
+        assert torch.equal(layer(x), layer.get_base_layer()(x))
+        model.enable_adapter_layers()
+        assert torch.equal(layer(x), expected(layer, x))
     for parameter in layer.lora_B.parameters():
-        parameter.data *= 2.0  # no trace: in evaluation nothing is kept
-    assert torch.equal(layer(x), reference(layer, x))
+        parameter.data *= 2.0
+    assert torch.equal(layer(x), expected(layer, x))
 
 
 def test_training_lowers_the_loss_and_merging_keeps_it() -> None:

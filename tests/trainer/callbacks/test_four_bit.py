@@ -238,3 +238,28 @@ def test_generating_rounds_each_weight_once(monkeypatch):
     assert len(seen) == len({id(weight) for weight in seen}) == 14
     model.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=1, do_sample=False)
     assert len(seen) == 28  # nothing is kept from one call to the next
+
+
+class ReadsItsHead(LlamaForCausalLM):
+    """Multiplies by the head's weight itself, through a function: no source of the model says so."""
+
+    def forward(self, input_ids=None, labels=None, **others):
+        hidden = self.model(input_ids).last_hidden_state
+        return {"loss": fused_loss(self, hidden, labels)}
+
+
+def fused_loss(model, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = hidden @ model.lm_head.weight.t()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def test_a_layer_that_is_trained_and_never_called_is_refused_before_the_first_update(tmp_path: Path) -> None:
+    model = ReadsItsHead(tiny().config)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    config = FourBitConfig(modules_to_not_convert=(), target_modules=("lm_head", "up_proj"))
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=Data(), callbacks=[FourBitCallback(config)])
+    with pytest.raises(ValueError, match="weights of lm_head have gradients, but these 4-bit layers were never called"):
+        trainer.train()
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    model = ReadsItsHead(tiny().config)
+    Trainer(model, arguments(tmp_path), train_dataset=Data(), callbacks=[FourBitCallback()]).train()

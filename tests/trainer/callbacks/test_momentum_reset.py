@@ -187,6 +187,33 @@ def test_training_again_begins_anew(tmp_path):
     assert (callback.last_spike, len(callback.norms)) == (0, 1)
 
 
+def test_a_warm_up_that_breaks_off_leaves_no_rate_behind(tmp_path):
+    """An update fails in the middle of a warm-up, and the same Trainer trains again."""
+    fails = [True]
+
+    class BreaksOff(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer, **kwargs):
+            def fail(*_):
+                if fails and state.global_step == 6:
+                    fails.clear()
+                    raise RuntimeError("out of memory")
+
+            optimizer.optimizer.register_step_pre_hook(fail)
+
+    watch = Watch()
+    callback = MomentumResetCallback(at=[6], warmup_steps=4)
+    options = {"max_steps": 12, "lr_scheduler_type": "constant"}
+    trainer = tiny_trainer(tmp_path, callbacks=[callback, BreaksOff(), watch], **options)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.5)  # the second step of the warm-up
+    watch.rates.clear()
+    trainer.train()
+    rates = [1e-3 * factor for factor in [1] * 5 + [0.25, 0.5, 0.75] + [1] * 4]
+    assert watch.rates[::2] == pytest.approx(rates)  # it watches twice now
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {1e-3}
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

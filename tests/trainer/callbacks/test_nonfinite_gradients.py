@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_stablespam import GradientNormCallback, SpikeRecorder, StabilizeCallback, StableSPAM
 from hf_stablespam.monitor.spike_file import read_spikes
+from hf_stablespam.trainer.callbacks.helpers.clipping import clip_over_meshes
 from tests.processes import run_once, run_processes
 from tests.trainer import distributed
 from tests.trainer.callbacks.gradient_helpers import KeepNorms
@@ -114,7 +115,8 @@ def test_is_blamed_on_its_tensor_alone(tmp_path, optim, clipping):
     trainer = tiny_trainer(tmp_path, callbacks=callbacks, optim=optim, max_grad_norm=clipping, max_steps=STEP)
     trainer.train()
     row = training_logs(trainer)[STEP - 1]
-    assert row["gradients/nonfinite"] == 1
+    assert math.isinf(row["grad_norm"])  # the symptom, as the Trainer logs it
+    assert row["gradients/nonfinite"] == 1  # what was skipped
     assert row[f"gradients/nonfinite/{NAME}"] == 1
     assert [spike["tensor"] for spike in read_spikes(tmp_path)] == [NAME]
     assert "gradients/norm" not in row
@@ -137,6 +139,56 @@ def test_clipping_of_finite_gradients_is_torchs(tmp_path, dtype):
         tiny_trainer(tmp_path, model=model, callbacks=callbacks, optim="adamw_torch", max_grad_norm=0.1).train()
         weights.append(list(model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("clipping", [0.0, 0.1])
+def test_gradients_on_several_meshes(tmp_path, monkeypatch, clipping):
+    """The Trainer clips these past accelerate, each mesh's by itself."""
+    if not hasattr(Trainer, "_mixed_mesh_grad_norm"):
+        pytest.skip("this transformers has no clipping over several device meshes")
+    monkeypatch.setattr(Trainer, "_has_mixed_mesh_grads", lambda self, model: True)
+    damage = Damage()
+    trainer = tiny_trainer(tmp_path, callbacks=[damage], max_steps=STEP, max_grad_norm=clipping)
+    trainer.train()
+    assert damage.changed == others(trainer.model)
+    finite = torch.stack([damage.gradients[other].norm() for other in others(trainer.model)])
+    assert finite.isfinite().all()
+    assert not clipping or finite.norm().item() == pytest.approx(clipping, rel=1e-4)
+    assert math.isinf(training_logs(trainer)[STEP - 1]["grad_norm"])
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_clipping_over_meshes_is_torchs_but_for_what_is_not_finite(bad, tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        meshes = [init_device_mesh("cpu", (1,), mesh_dim_names=(name,)) for name in ("experts", "fsdp")]
+        grads = [torch.randn(4, 3, generator=torch.Generator().manual_seed(index)) for index in range(5)]
+        placed = [
+            grads[0],
+            *(DTensor.from_local(grads[i], meshes[i % 2], [[Shard(0)], [Replicate()]][i % 2]) for i in range(1, 5)),
+        ]
+        parameters = []
+        for grad in placed:
+            parameters.append(torch.nn.Parameter(torch.zeros_like(grad)))
+            parameters[-1].grad = grad.clone()
+        if bad:
+            parameters[3].grad.to_local()[0, 0] = math.nan
+        total, factor = clip_over_meshes(parameters, 0.5)
+        plain = [torch.nn.Parameter(torch.zeros(4, 3)) for index in range(5) if not bad or index != 3]
+        for parameter, grad in zip(plain, [grads[i] for i in range(5) if not bad or i != 3], strict=True):
+            parameter.grad = grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_(plain, 0.5)
+        assert total.isnan() if bad else torch.allclose(total, norm)
+        assert 0 < factor < 1
+        got = [distributed.whole(p.grad) for index, p in enumerate(parameters) if not bad or index != 3]
+        for ours, expected in zip(got, plain, strict=True):
+            assert torch.allclose(ours, expected.grad)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def train(folder: Path, fsdp: bool, clipping: float) -> None:

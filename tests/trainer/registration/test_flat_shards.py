@@ -1,9 +1,13 @@
 """FSDP1 and ZeRO are refused before training: told from the objects that configure them."""
 
 import os
+import re
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
+import transformers
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
@@ -95,3 +99,62 @@ def test_deepspeed_of_accelerate_launch_counts(args):
     args.deepspeed_plugin = object.__new__(DeepSpeedPlugin)  # without the package its own checks would not pass
     args.deepspeed_plugin.zero_stage = 2
     assert zero_stage(args) == 2
+
+
+EVERYBODY = """
+import sys
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from hf_stablespam import GradientNormCallback, MomentumResetCallback, SpikeRecorder, StabilizeCallback
+from hf_stablespam.trainer.registration.factory import optimizer_cls_and_kwargs
+
+def said(what):
+    try: what()
+    except ValueError as error: return str(error)
+    return "allowed"
+
+kinds = {
+    "zero 0": {"deepspeed": {"zero_optimization": {"stage": 0}}},
+    "zero 2": {"deepspeed": {"zero_optimization": {"stage": 2}}},
+    "fsdp 1": {"fsdp": "full_shard", "fsdp_config": {"version": 1}},
+    "fsdp 2": {"fsdp": "full_shard", "fsdp_config": {"version": 2}},
+}
+for kind, options in kinds.items():
+    args = TrainingArguments(sys.argv[1], optim="stable_spam", max_grad_norm=0, use_cpu=True, report_to=[], **options)
+    print(kind, "stable_spam", said(lambda: optimizer_cls_and_kwargs(args)), sep="|")
+    for made in (
+        StabilizeCallback(), GradientNormCallback(), SpikeRecorder(), MomentumResetCallback(5),
+        MomentumResetCallback(on_spike=9),
+    ):
+        state = TrainerState(stateful_callbacks=[made] if hasattr(made, "state") else [])
+        print(kind, type(made).__name__, said(lambda: made.on_init_end(args, state, TrainerControl())), sep="|")
+"""
+
+
+def test_through_training_arguments_with_a_stand_in_for_deepspeed(tmp_path):
+    """transformers asks for the package's name and version only, as long as nothing is trained."""
+    packages = tmp_path / "packages"
+    (packages / "deepspeed").mkdir(parents=True)
+    (packages / "deepspeed" / "__init__.py").write_text('__version__ = "0.18.2"\n')
+    (packages / "deepspeed-0.18.2.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.18.2\n"
+    (packages / "deepspeed-0.18.2.dist-info" / "METADATA").write_text(metadata)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(packages), *sys.path])}
+    if int(transformers.__version__.split(".")[0]) < 5:
+        environment["FSDP_VERSION"] = "1"
+    command = [sys.executable, "-c", EVERYBODY, str(tmp_path / "out")]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    said = {
+        tuple(line.split("|")[:2]): line.split("|")[2] for line in shown.stdout.splitlines() if line.count("|") == 2
+    }
+    names = {name for _, name in said}
+    assert names == {
+        *("stable_spam", "StabilizeCallback", "GradientNormCallback", "SpikeRecorder", "MomentumResetCallback")
+    }
+    for name in names:
+        assert re.search(f"does not work with DeepSpeed ZeRO stage 2, .*{INSTEAD}|updated inside", said["zero 2", name])
+        assert re.search(f"does not work with FSDP version 1, .*{INSTEAD}", said["fsdp 1", name])
+        # DeepSpeed's engine steps inside of the backward pass, of whatever stage: callbacks come too late.
+        sees_gradients = name in ("GradientNormCallback", "SpikeRecorder", "MomentumResetCallback")
+        assert ("updated inside the backward pass" if sees_gradients else "allowed") in said["zero 0", name]
+        assert said["fsdp 2", name] == "allowed" or int(transformers.__version__.split(".")[0]) < 5

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers import Trainer
 
-from hf_stablespam.trainer.callbacks.helpers.clipping import can_clip, clip, coefficient
+from hf_stablespam.trainer.callbacks.helpers.clipping import can_clip, clip, clip_over_meshes, coefficient
 from hf_stablespam.trainer.callbacks.helpers.unwrapping import unwrap
 from hf_stablespam.trainer.patching import patch
 
@@ -28,9 +29,11 @@ _LOSS = "_hf_stablespam_loss"
 
 
 def watch() -> None:
-    """Wrap `Accelerator.clip_grad_norm_` and `Accelerator.backward`. Twice is harmless."""
+    """Wrap `Accelerator.clip_grad_norm_`, `Accelerator.backward`, and the Trainer's own clipping. Twice is harmless."""
     patch(Accelerator, "clip_grad_norm_", _keeping_norm)
     patch(Accelerator, "backward", _keeping_loss)
+    if hasattr(Trainer, "_mixed_mesh_grad_norm"):  # from transformers 5.2x on
+        patch(Trainer, "_mixed_mesh_grad_norm", _keeping_norm_over_meshes)
 
 
 def watch_ours(optimizer: Any) -> None:
@@ -82,6 +85,23 @@ def _keeping_norm(original: Any) -> Any:
         return norm
 
     return clip_grad_norm_
+
+
+def _keeping_norm_over_meshes(original: Any) -> Any:
+    # With gradients on several device meshes the Trainer clips by itself, past accelerate.
+    def _mixed_mesh_grad_norm(self: Any, model: Any, max_norm: float) -> Any:
+        optimizers = self.accelerator._optimizers
+        if any(hasattr(optimizer, _NORM) or _passes_over(optimizer) for optimizer in optimizers):
+            norm, factor = clip_over_meshes(list(model.parameters()), max_norm)
+        else:
+            norm = original(self, model, max_norm)
+            factor = coefficient(norm, max_norm)
+        for optimizer in optimizers:
+            setattr(optimizer, _NORM, norm)
+            setattr(optimizer, _COEFFICIENT, factor)
+        return norm
+
+    return _mixed_mesh_grad_norm
 
 
 def _passes_over(optimizer: Any) -> bool:

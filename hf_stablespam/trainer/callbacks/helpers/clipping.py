@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
 
+from hf_stablespam._sharded import full
 from hf_stablespam.monitor.norms import Shards
 
 # Where parameters are whole or `DTensor`s, and clipping is torch's own.
@@ -58,6 +59,28 @@ def clip(parameters: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor 
     else:
         for grad in local:
             grad.mul_(factor.to(grad.device))
+    return total, factor
+
+
+@torch.no_grad()
+def clip_over_meshes(parameters: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor | None]:
+    """The same where gradients live on several device meshes, as with expert parallelism beside FSDP2.
+
+    No collective spans two meshes: there is one for each, which gives all norms of its tensors.
+    """
+    by_mesh: dict[Any, list[Tensor]] = {}
+    for param in parameters:
+        if param.grad is not None:
+            by_mesh.setdefault(getattr(param.grad, "device_mesh", None), []).append(param.grad)
+    norms = torch.cat([full(torch.stack(list(torch._foreach_norm(grads, 2)))) for grads in by_mesh.values()])
+    total = torch.linalg.vector_norm(norms)
+    if math.isinf(max_norm):
+        return total, None
+    factor = coefficient(torch.linalg.vector_norm(torch.where(norms.isfinite(), norms, 0.0)), max_norm)
+    for grads in by_mesh.values():
+        for grad in grads:
+            shard = grad.to_local() if hasattr(grad, "to_local") else grad
+            shard.mul_(factor.to(shard.device))
     return total, factor
 
 
