@@ -37,6 +37,7 @@ examples:
 other commands, each with its own --help:
   python -m hf_stablespam report RUN [RUN ...]       compare runs in one HTML file
   python -m hf_stablespam export CHECKPOINT OUTPUT   write a packed 4-bit checkpoint
+  python -m hf_stablespam repack SOURCE OUTPUT       pack a GGUF file of llama.cpp's converter without any change
   python -m hf_stablespam fuse RESPONSES -o OUTPUT   scored answers of several models as data for SFT and DPO
   python -m hf_stablespam run SCRIPT                 the same as without `run`, for a script called `report`"""
 
