@@ -1,6 +1,5 @@
 """MomentumResetCallback: momentum resets, and a warm-up after each, for any Adam-like optimizer."""
 
-import logging
 import math
 import statistics
 from collections.abc import Iterable
@@ -17,13 +16,17 @@ from hf_stablespam.trainer.callbacks.helpers.figures.reporting import (
 )
 from hf_stablespam.trainer.callbacks.helpers.figures.step_figures import raw_gradient_norm
 from hf_stablespam.trainer.callbacks.helpers.kept_state import KeepsState
+from hf_stablespam.trainer.callbacks.helpers.moment_resets.checks import (
+    check_sole_owner,
+    integer,
+    listed,
+    say_what_never_comes,
+    spike_factor,
+)
 from hf_stablespam.trainer.callbacks.helpers.moment_resets.restart import Restart, restart_of
 from hf_stablespam.trainer.callbacks.helpers.unseen_updates import refuse_unseen_updates
 from hf_stablespam.trainer.callbacks.helpers.unwrapping import unwrap
 from hf_stablespam.trainer.registration.flat_shards import refuse_flat_shards
-from hf_stablespam.trainer.registration.options.optim_args import SPAM, STABLE_SPAM, parse_optim_args
-
-logger = logging.getLogger(__name__)
 
 PREFIX = "momentum/"
 _FEWEST_NORMS = 5  # a median of fewer says nothing about what is usual
@@ -80,12 +83,12 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
     ) -> None:
         report_before_others()
         accelerator_watch.watch()
-        self.every = None if every is None else _integer("every", every, 1, "None switches it off")
-        self.at = sorted({_integer("at", step, 1, "steps count from 1") for step in _listed(at)})
-        self.on_spike = _spike_factor(on_spike)
-        self.warmup_steps = _integer("warmup_steps", warmup_steps, 0, "0 switches the warm-up off")
-        self.spike_window = _integer("spike_window", spike_window, _FEWEST_NORMS, "100 is usual")
-        self.spike_pause = _integer("spike_pause", spike_pause, 1, "100 is usual")
+        self.every = None if every is None else integer("every", every, 1, "None switches it off")
+        self.at = sorted({integer("at", step, 1, "steps count from 1") for step in listed(at)})
+        self.on_spike = spike_factor(on_spike)
+        self.warmup_steps = integer("warmup_steps", warmup_steps, 0, "0 switches the warm-up off")
+        self.spike_window = integer("spike_window", spike_window, _FEWEST_NORMS, "100 is usual")
+        self.spike_pause = integer("spike_pause", spike_pause, 1, "100 is usual")
         if self.every is None and not self.at and self.on_spike is None:
             raise ValueError("MomentumResetCallback never resets: every, at and on_spike are all unset; set one")
         if self.on_spike is None and (self.spike_window, self.spike_pause) != (100, 100):
@@ -117,7 +120,7 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
         return {"norms": list(self.norms), **{name: getattr(self, name) for name in names}}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._check_sole_owner(args, state)
+        check_sole_owner(self, args, state)
         refuse_unseen_updates(self, args)
         if self.on_spike is not None:
             refuse_flat_shards(args, "MomentumResetCallback with on_spike")
@@ -133,9 +136,9 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._check_sole_owner(args, state)
+        check_sole_owner(self, args, state)
         refuse_unseen_updates(self, args, kwargs["optimizer"])
-        self._say_what_never_comes(state.max_steps)
+        say_what_never_comes([*self.at, *([] if self.every is None else [self.every])], state.max_steps)
         self.before_loading(kwargs["optimizer"])
         # Here and not earlier: loading a checkpoint has just brought back the interval that was saved.
         for group in unwrap(kwargs["optimizer"]).param_groups:
@@ -202,31 +205,6 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
             group["lr"] = rate
         self._schedule_lrs = []
 
-    def _check_sole_owner(self, args: TrainingArguments, state: TrainerState) -> None:
-        optimizer = getattr(args.optim, "value", args.optim)
-        ours = optimizer in (STABLE_SPAM, SPAM)
-        interval = parse_optim_args(args.optim_args, optimizer).get("reset_interval") if ours else None
-        if interval is not None:
-            raise ValueError(
-                f"optim_args sets reset_interval={interval} beside a MomentumResetCallback, which owns the resets; "
-                "leave reset_interval out, or remove the callback"
-            )
-        places: Any = state.stateful_callbacks
-        if isinstance(places.get(type(self).__name__), list):
-            raise ValueError(
-                "There are two MomentumResetCallbacks in one Trainer, but resets have one owner; "
-                "give the steps of both to one callback, with every= and at="
-            )
-
-    def _say_what_never_comes(self, max_steps: int) -> None:
-        late = [step for step in [*self.at, *([] if self.every is None else [self.every])] if step > max_steps > 0]
-        if late:
-            logger.warning(
-                "MomentumResetCallback is to reset at step %s, and the run has %d update steps: that reset never comes",
-                ", ".join(map(str, late)),
-                max_steps,
-            )
-
     def _restore(self, state: TrainerState) -> None:
         saved = self.restored(state)
         self.norms = list(saved.get("norms", []))
@@ -265,23 +243,3 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
         self.norms = [*self.norms, norm][-self.spike_window :]
         rested = not self.last_spike or step - self.last_spike >= self.spike_pause
         return rested and norm > self.on_spike * usual
-
-
-def _integer(name: str, value: object, least: int, remedy: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}; {remedy}")
-    return value
-
-
-def _listed(at: object) -> list[Any]:
-    if isinstance(at, str) or not isinstance(at, Iterable):
-        raise ValueError(f"at must be a list of steps, got {at!r}; write at=[...], or every=... for a regular reset")
-    return list(at)
-
-
-def _spike_factor(value: object) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 < value < math.inf:
-        raise ValueError(f"on_spike must be a finite number above 1, got {value!r}; None switches it off")
-    return float(value)
