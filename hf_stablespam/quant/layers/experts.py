@@ -224,7 +224,9 @@ class _StandIn:
             yield
             return
 
+        # Nothing of the stand-in is in these functions, which live as long as what they have packed.
         storages = {rounded.untyped_storage().data_ptr(): name for name, rounded in self._rounded.items()}
+        experts, dtype = self._experts, self._dtype
 
         def pack(tensor: Tensor) -> Any:
             name = storages.get(tensor.untyped_storage().data_ptr())
@@ -234,7 +236,7 @@ class _StandIn:
             if isinstance(packed, Tensor):
                 return packed
             name, *layout = packed
-            return self._experts.quantized(name, self._dtype).as_strided(*layout)
+            return experts.quantized(name, dtype).as_strided(*layout)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield

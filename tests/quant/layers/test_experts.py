@@ -1,6 +1,7 @@
 """Mixtures of experts in 4 bits: transformers' implementations with rounded operands, against explicit products."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -242,8 +243,14 @@ def test_what_is_saved_for_the_backward_pass(cache_weights: bool) -> None:
 
     x, index, weights = routed(experts, tokens=2)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        experts(x, index, weights)
+        y = experts(x, index, weights)
     assert len(saved) == (2 if cache_weights else 0)
+    y = experts(x, index, weights)
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+    alive = [one for one in tensors if one.shape == experts.down_proj.shape and one.data_ptr() not in known]
+    assert bool(alive) is cache_weights, "nor does anything else keep it until then"
+    y.sum().backward()
 
 
 def test_compiled_without_a_graph_break() -> None:
