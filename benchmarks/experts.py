@@ -3,7 +3,8 @@
     python benchmarks/experts.py                               # rows in results/experts.csv
     python benchmarks/experts.py --experts 8 --tokens 64 --repeats 3 --dry-run
 
-One block of experts of a Qwen3-MoE, two experts for a token. Blocks take turns; the median is given. The weights are
+One block of experts of a Qwen3-MoE, two experts for a token. Blocks take turns; the median is given, in
+processor time of one thread, so that other load disturbs little. The weights are
 rounded anew in each pass, as in training. `peak_weights` is the most memory that a pass holds at once beyond
 parameters and gradients, in units of the block's weights, so that one rounded copy is 1; an unconverted block's are
 its activations. With few tokens (`--tokens 4`) most experts get none: ``eager`` rounds only the others' weights.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -22,11 +24,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks._record import append_rows, interleaved, quantile
+from benchmarks._record import append_rows, quantile
 from hf_stablespam import FourBitConfig, convert_to_4bit
 from hf_stablespam.quant.layers.experts import is_experts, weight_names
 
 TOP_K = 2
+Key = tuple[str, str]  # implementation and name of the configuration
 CONFIGS = {
     "plain": None,
     "int4 W4": FourBitConfig(activation=None, group_size=32),
@@ -70,6 +73,18 @@ class Pass:
         return peak / sum(weight.numel() * weight.element_size() for weight in weights)
 
 
+def processor_time(passes: dict[Key, Pass], repeats: int) -> dict[Key, list[float]]:
+    """Seconds of one thread of each pass, sorted; the first ones do not count."""
+    seconds: dict[Key, list[float]] = {key: [] for key in passes}
+    for repeat in range(repeats + 1):
+        for key, one in passes.items():
+            start = time.process_time()
+            one()
+            if repeat:
+                seconds[key].append(time.process_time() - start)
+    return {key: sorted(values) for key, values in seconds.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 64])
@@ -87,13 +102,13 @@ def main() -> None:
                 for implementation in options.implementations
                 for name, config in CONFIGS.items()
             }
-            seconds = interleaved({str(key): one for key, one in passes.items()}, options.repeats, warm_up=1)
+            seconds = processor_time(passes, options.repeats)
             rows = []
             for (implementation, name), one in passes.items():
-                median = quantile(seconds[str((implementation, name))], 0.5)
+                median = quantile(seconds[implementation, name], 0.5)
                 row = {"experts": experts, "tokens": tokens, "width": options.width, "implementation": implementation}
-                row |= {"config": name, "ms": round(1000 * median, 1)}
-                plain = quantile(seconds[str((implementation, "plain"))], 0.5)
+                row |= {"config": name, "cpu_ms": round(1000 * median, 1)}
+                plain = quantile(seconds[implementation, "plain"], 0.5)
                 rows.append({**row, "ratio": round(median / plain, 2), "peak_weights": round(one.peak_weights(), 2)})
             if options.dry_run:
                 print(*rows, sep="\n")
