@@ -10,7 +10,7 @@ from pretrain import SHAPES
 OF_THE_PAPERS = ("60m", "130m", "350m", "1b", "7b")  # of GaLore and Stable-SPAM
 # vocabulary, width, feed-forward width, layers
 SIZES = {
-    "4m": (4000, 256, 688, 2),
+    "4m": (1200, 192, 512, 8),
     "33m": (7970, 512, 1376, 8),
     **{size: (32000, *SHAPES[size][:3]) for size in OF_THE_PAPERS if size in SHAPES},
     "7b": (32000, 4096, 11008, 32),

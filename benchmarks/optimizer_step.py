@@ -9,16 +9,22 @@ AdamW and to gradient clipping with fused AdamW, which is what the Trainer does 
 every step, so that AdaClip clips as it does in training. On a CPU with numba (extra `cpu`) Stable-SPAM also runs
 without it. `--with-pytorch-optimizer` adds that package's StableSPAM, `--all-paths` AdamW by foreach, the loop, and
 all parts off, `--relatives` SPAM, GaLore, 8- and 4-bit states, Lion, and `stabilize` in front of it.
-GaLore's figures are those between two decompositions (one every 200 steps).
+GaLore's figures are those between two decompositions (one every 200 steps). `--fsdp` measures two processes of one
+thread each instead, whose parameters are sharded as FSDP2 shards them.
 """
 
 import argparse
+import math
 import sys
+import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -152,19 +158,36 @@ def measure(size: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     options = {"generator": generator, "device": arguments.device}
     rows = [[(torch.randn(s, **options) * 1e-3).to(dtype) for s in shapes] for _ in range(arguments.gradients)]
     makers = contestants(arguments, rank=width_of(size) // 4)
+    if arguments.only:
+        makers = {name: makers[name] for name in (BASE, *arguments.only)}
     own = [[grad.clone() for grad in row] for row in rows] if WRITES_GRADIENTS & set(makers) else []
     all_of_them = {
         name: Contestant(make, shapes, own if name in WRITES_GRADIENTS else rows, clip)
         for name, (make, clip) in makers.items()
     }
     seconds = interleaved({name: one.step for name, one in all_of_them.items()}, arguments.repeats)
-    medians = {name: quantile(values, 0.5) for name, values in seconds.items()}
     numbers = sum(grad.numel() for grad in rows[0])
     return [
         {
+            **row,
+            "state_bytes_per_parameter": round(state_bytes(all_of_them[name]) / numbers, 3),
+            "peak_extra_bytes": peak_extra_bytes(all_of_them[name], arguments.device),
+            "largest_tensor_bytes": max(grad.nbytes for grad in rows[0]),
+        }
+        for name, row in timings(seconds, arguments, shapes).items()
+    ]
+
+
+def timings(
+    seconds: dict[str, list[float]], arguments: argparse.Namespace, shapes: list[tuple[int, ...]]
+) -> dict[str, dict[str, Any]]:
+    """A row by the name of each optimizer, from its sorted seconds."""
+    medians = {name: quantile(values, 0.5) for name, values in seconds.items()}
+    return {
+        name: {
             "device": arguments.device,
             "dtype": arguments.dtype,
-            "parameters": numbers,
+            "parameters": sum(math.prod(shape) for shape in shapes),
             "tensors": len(shapes),
             "optimizer": name,
             "p20_ms": round(quantile(values, 0.2) * 1e3, 2),
@@ -172,15 +195,57 @@ def measure(size: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             "p80_ms": round(quantile(values, 0.8) * 1e3, 2),
             "steps_per_second": round(1 / medians[name], 2),
             "to_adamw": round(medians[name] / medians[BASE], 3),
-            "to_clipped_adamw": round(medians[name] / medians[CLIPPED], 3),
+            "to_clipped_adamw": round(medians[name] / medians[CLIPPED], 3) if CLIPPED in medians else "",
             "repeats": len(values),
-            "state_bytes_per_parameter": round(state_bytes(all_of_them[name]) / numbers, 3),
-            "peak_extra_bytes": peak_extra_bytes(all_of_them[name], arguments.device),
-            "largest_tensor_bytes": max(grad.nbytes for grad in rows[0]),
             "numba": version("numba") if has_numba(arguments) else "",
+            "processes": 2 if arguments.fsdp else 1,
         }
         for name, values in seconds.items()
-    ]
+    }
+
+
+def report(size: str, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Print rows, and append them."""
+    for row in rows:
+        times = f"{row['p20_ms']:9.2f} {row['p50_ms']:9.2f} {row['p80_ms']:9.2f} ms"
+        memory = ""
+        if "peak_extra_bytes" in row:
+            peak = row["peak_extra_bytes"] / 1e6
+            memory = f"{row['state_bytes_per_parameter']:.3f} B/param, peak {peak:.1f} MB"
+        print(f"{size:>5} {row['optimizer']:32s}{times}  x{row['to_adamw']:.2f} (x{row['to_clipped_adamw']})  {memory}")
+    if not arguments.dry_run:
+        append_rows("optimizer_step", rows)
+
+
+def measure_sharded(rank: int, size: str, arguments: argparse.Namespace, store: str) -> None:
+    """One of two processes: rows for parameters that are sharded over both; only optimizers that need no more."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh, shapes, dtype = init_device_mesh("cpu", (2,)), llama_shapes(size), getattr(torch, arguments.dtype)
+    generator = torch.Generator().manual_seed(0)
+
+    def sharded(shape: tuple[int, ...]) -> torch.Tensor:
+        whole = (torch.randn(shape, generator=generator) * 1e-3).to(dtype)
+        return distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+
+    rows = [[sharded(shape) for shape in shapes] for _ in range(arguments.gradients)]
+    makers = {name: make for name, (make, _) in contestants(arguments, 0).items() if name in (BASE, "StableSPAM")}
+    runs = {name: Contestant(make, shapes, rows, clip=False) for name, make in makers.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(arguments.repeats + 3):
+        for name, run in runs.items():
+            dist.barrier()
+            start = time.perf_counter()
+            run.step()
+            dist.barrier()
+            if repeat >= 3:
+                seconds[name].append(time.perf_counter() - start)
+    dist.destroy_process_group()
+    if rank == 0:
+        found = timings({name: sorted(values) for name, values in seconds.items()}, arguments, shapes)
+        report(size, list(found.values()), arguments)
 
 
 def main() -> None:
@@ -194,19 +259,18 @@ def main() -> None:
     parser.add_argument("--all-paths", action="store_true", help="the foreach and loop paths too")
     parser.add_argument("--relatives", action="store_true", help="the other optimizers and states of this package")
     parser.add_argument("--with-pytorch-optimizer", action="store_true")
+    parser.add_argument("--fsdp", action="store_true", help="two processes, AdamW and StableSPAM on sharded tensors")
+    parser.add_argument("--only", nargs="+", help="names of optimizers; fused AdamW is always among them")
     parser.add_argument("--dry-run", action="store_true", help="print, and append nothing")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     for size in arguments.sizes:
-        rows = measure(size, arguments)
-        for row in rows:
-            times = f"{row['p20_ms']:9.2f} {row['p50_ms']:9.2f} {row['p80_ms']:9.2f} ms"
-            memory = f"{row['state_bytes_per_parameter']:.3f} B/param, peak {row['peak_extra_bytes'] / 1e6:.1f} MB"
-            ratios = f"x{row['to_adamw']:.2f} (x{row['to_clipped_adamw']:.2f})"
-            print(f"{size:>5} {row['optimizer']:32s}{times}  {ratios}  {memory}")
-        if not arguments.dry_run:
-            append_rows("optimizer_step", rows)
+        if arguments.fsdp:
+            with tempfile.TemporaryDirectory() as folder:
+                torch.multiprocessing.spawn(measure_sharded, (size, arguments, f"{folder}/store"), nprocs=2)
+        else:
+            report(size, measure(size, arguments), arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What `StableSPAM` and `SPAM` share as torch optimizers: groups, closures, statistics, loading without rounding."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any, overload
 
@@ -8,36 +8,23 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from hf_stablespam.optim.options import check_group_names, check_real
-from hf_stablespam.optim.plan import Result, State
+from hf_stablespam.optim.options import Option, check_group, check_group_names, check_options
+from hf_stablespam.optim.plan import Options, Result, State
 from hf_stablespam.optim.state.low_bit import restore
 
 
 class MeasuringOptimizer(Optimizer):
-    """An optimizer that checks its options, measures the gradients that it sees, and resumes exactly.
+    """An optimizer that checks its options, measures the gradients that it sees, and resumes exactly."""
 
-    A subclass says what its options must be (`_check_options`), how a state begins (`_fresh_state`), and how the
-    parameters are updated (`_update`).
-    """
-
+    table: Mapping[str, Option]
+    _fresh_state: Callable[[Tensor, Options], State]  # of a parameter before its first step
+    _check_saved: Callable[[Any, State, State], None]  # raises a ValueError for one that lacks what the next step needs
     _last_step: list[Result]
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        self._check_options(defaults)
+        check_options(self.table, defaults)
         self._last_step = []
         super().__init__(params, defaults)
-
-    def _check_options(self, options: dict[str, Any]) -> None:
-        """Raise a ValueError for the first option of a group that is out of its range."""
-        raise NotImplementedError
-
-    def _check_params(self, group: dict[str, Any]) -> None:
-        """Raise a ValueError for a parameter that cannot be trained with the options of its group."""
-        check_real(group["params"])
-
-    def _fresh_state(self, param: Tensor, group: dict[str, Any]) -> State:
-        """The state of a parameter before its first step."""
-        raise NotImplementedError
 
     def _update(self) -> list[Result]:
         """Update all parameters that have a gradient, and say what was seen."""
@@ -46,10 +33,6 @@ class MeasuringOptimizer(Optimizer):
     def _before_loading(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state dict that is loaded instead of one that somebody gave."""
         return state_dict
-
-    def _check_saved(self, index: Any, fresh: State, saved: dict[str, Any]) -> None:
-        """Raise a ValueError for a saved state of one parameter that lacks what the next step needs."""
-        raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own; what a group does not name it takes from the constructor.
@@ -60,10 +43,10 @@ class MeasuringOptimizer(Optimizer):
         """
         if isinstance(param_group, dict):
             check_group_names(param_group, self.defaults)
-            self._check_options({**self.defaults, **param_group})
+            check_options(self.table, {**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
-            self._check_params(self.param_groups[-1])
+            check_group(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -107,7 +90,7 @@ class MeasuringOptimizer(Optimizer):
         For `SPAM`, where each entry has a threshold of its own and nothing is normalised, ``clip_threshold`` is
         infinite and ``norm_factor`` 1.
         """
-        return ordered(self._last_step, self._params())
+        return ordered(self._last_step, chain.from_iterable(group["params"] for group in self.param_groups))
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -159,9 +142,6 @@ class MeasuringOptimizer(Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
 
-    def _params(self) -> list[Tensor]:
-        return list(chain.from_iterable(group["params"] for group in self.param_groups))
-
 
 def _check_not_stateless(state_dict: dict[str, Any]) -> None:
     """A run that had not begun left no state; one without moments has none either, and is told by its options."""
@@ -175,18 +155,11 @@ def _check_not_stateless(state_dict: dict[str, Any]) -> None:
 
 
 def ordered(results: list[Result], params: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Statistics of some parameters in the order of all of them, with zeros for those that were not seen.
-
-    Args:
-        results: what a step saw, in any order.
-        params: all parameters.
-    """
+    """What a step saw, in any order, in the order of all parameters, with zeros for those that were not seen."""
     if not results:
         return {}
-    device = next(iter(results[0].statistics.values())).device
-    columns = {
-        name: torch.cat([result.statistics[name].to(device) for result in results]) for name in results[0].statistics
-    }
+    names, device = results[0].statistics, results[0].statistics["grad_norm"].device
+    columns = {name: torch.cat([result.statistics[name].to(device) for result in results]) for name in names}
     # without a gradient: an entry past the end of what was seen, where a zero is put
     seen = {param: index for index, param in enumerate(chain.from_iterable(result.params for result in results))}
     order = torch.tensor([seen.get(param, len(seen)) for param in params], device=device)

@@ -12,18 +12,18 @@ from torch import Tensor
 
 
 class Coefficients(NamedTuple):
-    """With what an update multiplies; for a tensor that is passed over they leave everything as it is."""
+    """With what an update multiplies: vectors, columns or numbers."""
 
-    threshold: Tensor  # T̂: what is larger is clipped
-    ratio: Tensor  # T̂/gmax
-    factor: Tensor  # AdaGN's c/n, with the sign of descent
-    keep: Tensor  # sβ1, of the old M; 0 after a reset
-    enter: Tensor  # 1 − sβ1, of the gradient in M
-    keep_sq: Tensor  # β2, of the old V
-    enter_sq: Tensor  # 1 − β2
-    size: Tensor  # lr·√(1−β2ᵏ)/(1−(sβ1)ᵏ)
-    decay: Tensor  # 1 − lr·wd
-    eps: Tensor  # ε·√(1−β2ᵏ)
+    threshold: Any  # T̂: what is larger is clipped
+    ratio: Any  # T̂/gmax
+    factor: Any  # AdaGN's c/n, with the sign of descent
+    keep: Any  # sβ1, of the old M; 0 after a reset
+    enter: Any  # 1 − sβ1, of the gradient in M
+    keep_sq: Any  # β2, of the old V
+    enter_sq: Any  # 1 − β2
+    size: Any  # lr·√(1−β2ᵏ)/(1−(sβ1)ᵏ)
+    decay: Any  # 1 − lr·wd
+    eps: Any  # ε·√(1−β2ᵏ)
 
 
 def bias_correction(beta: Tensor | float, step: Tensor) -> Tensor:
@@ -33,29 +33,20 @@ def bias_correction(beta: Tensor | float, step: Tensor) -> Tensor:
         >>> bias_correction(0.999, torch.tensor([1.0, 1000.0]))
         tensor([0.0010, 0.6323])
     """
-    if isinstance(beta, Tensor):
-        return -(step * beta.log()).expm1()
-    return -(step * (math.log(beta) if beta > 0 else -math.inf)).expm1()
+    log = beta.log() if isinstance(beta, Tensor) else math.log(beta) if beta > 0 else -math.inf
+    return -(step * log).expm1()
 
 
 def cosine_decay(step: Tensor, decay_steps: int | str | None, decay_floor: float) -> Tensor | float:
-    r"""Factor that multiplies β1 and γ1 at ``step``: a cosine from 1 to ``decay_floor`` that stays there.
+    """Factor that multiplies β1 and γ1 at step ``t``: a cosine from 1 to ``f`` over ``D`` steps that stays there.
 
-    .. math:: s(t) = f + (1 - f)\,\frac{1 + \cos\left(\pi\,\min(t, D+1)/(D+1)\right)}{2}
-
-    Args:
-        step: steps taken, ``t = 1, 2, …``, any shape.
-        decay_steps: ``D``, in optimizer steps (``total_T`` in the official code); ``None`` for no decay.
-        decay_floor: ``f``, the value at the end, in [0, 1] (0.5 in the paper's code).
-
-    Returns:
-        A tensor like ``step``, or the number 1.0 when ``decay_steps`` is ``None``.
+    ``s(t) = f + (1−f)·(1 + cos(π·min(t, D+1)/(D+1)))/2``; 1 without ``D``, or until the run's length is known.
 
     Example:
         >>> cosine_decay(torch.tensor([0.0, 50.5, 101.0, 500.0]), 100, 0.5)
         tensor([1.0000, 0.7500, 0.5000, 0.5000])
     """
-    if decay_steps is None or decay_steps == "auto":  # "auto" until the length of the run is known
+    if decay_steps is None or decay_steps == "auto":
         return 1.0
     period = int(decay_steps) + 1
     cosine = (step.clamp(max=float(period)) * (math.pi / period)).cos()
@@ -69,19 +60,13 @@ def is_reset_step(step: Tensor, reset_interval: int | None) -> Tensor:
 
 def is_usable(norm: Tensor) -> Tensor:
     """Whether a gradient may enter any state: its squared norm is finite in the dtype of the statistics."""
-    return (norm * norm).isfinite()
+    return norm * norm < torch.inf  # false for nan
 
 
 def clip_threshold(clip_max: Tensor, grad_max: Tensor, step: Tensor, *, clip_beta: float) -> tuple[Tensor, Tensor]:
     """AdaClip's threshold: a debiased running mean of the largest gradient entry.
 
-    ``T ← γ3·T + (1−γ3)·gmax``,  ``T̂ = T / (1−γ3ᵗ)``
-
-    Args:
-        clip_max: ``T`` before this step.
-        grad_max: ``gmax = max|g|`` of this step's gradient.
-        step: ``t``, steps that entered ``T``, this one included.
-        clip_beta: ``γ3`` in [0, 1).
+    ``T ← γ3·T + (1−γ3)·gmax``,  ``T̂ = T / (1−γ3ᵗ)``; ``t`` counts what entered ``T``, this gradient included.
 
     Returns:
         The new ``T``, and ``T̂``.
@@ -97,11 +82,6 @@ def clip_ratio(grad_max: Tensor, threshold: Tensor) -> Tensor:
 
 def clip_spikes(grad: Tensor, threshold: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
     """AdaClip: scale (not clamp) the entries above the threshold: ``g_i ← g_i·T̂/gmax`` where ``|g_i| > T̂``.
-
-    Args:
-        grad: ``g``, any shape.
-        threshold: ``T̂``, 0-dimensional or a column.
-        ratio: ``T̂/gmax`` from `clip_ratio`, 0-dimensional or a column.
 
     Returns:
         The clipped gradient (a new tensor), and which entries were clipped.
@@ -120,18 +100,9 @@ def norm_target(
     decay: Tensor | float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """AdaGN's target norm: an Adam-like ratio of the two running moments of the gradient's norm.
+    """AdaGN's target norm: an Adam-like ratio of the two running moments of the clipped gradient's norm ``n``.
 
-    ``m ← sγ1·m + (1−sγ1)·n``,  ``v ← γ2·v + (1−γ2)·n²``,  ``c = m̂ / (√v̂ + ε)``
-
-    Args:
-        norm_mean: ``m`` before this step.
-        norm_sq: ``v`` before this step.
-        norm: ``n = ‖g‖₂`` of the clipped gradient.
-        step: ``t``, steps that entered ``m`` and ``v``, this one included.
-        norm_betas: ``(γ1, γ2)``, each in [0, 1).
-        decay: ``s``, which multiplies ``γ1``.
-        eps: ``ε``, added to ``√v̂``.
+    ``m ← sγ1·m + (1−sγ1)·n``,  ``v ← γ2·v + (1−γ2)·n²``,  ``c = m̂ / (√v̂ + ε)``; ``t`` counts what entered them.
 
     Returns:
         The new ``m``, the new ``v``, and ``c``, the norm that the gradient is given.
@@ -153,7 +124,7 @@ def norm_factor(target: Tensor, norm: Tensor) -> Tensor:
 
 def scale_of(grad_max: Tensor) -> Tensor:
     """By what to divide before squaring: squares of tiny and huge entries leave float32's range otherwise."""
-    return torch.where((grad_max > 0) & grad_max.isfinite(), grad_max, 1.0)
+    return torch.where((grad_max > 0) & (grad_max < torch.inf), grad_max, 1.0)
 
 
 def safe_norm(grad: Tensor, grad_max: Tensor) -> Tensor:
@@ -162,35 +133,23 @@ def safe_norm(grad: Tensor, grad_max: Tensor) -> Tensor:
     return scale * torch.linalg.vector_norm(grad / scale)
 
 
-def smallest_root(dtype: torch.dtype) -> float:
-    """``√V`` of the smallest ``V`` above zero: below it stands only the root of a ``V`` that is zero.
-
-    As the least ``ε`` it changes nothing of note, and where no gradient ever was anything but zero it divides 0 by a
-    number.
-    """
-    return math.sqrt(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
-
-
 def adam_sizes(lr: Any, betas: tuple[Any, float], step: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``size`` and ``eps`` of `Coefficients` for ``k`` gradients in the moments, this one included."""
-    root = bias_correction(betas[1], step).sqrt()
-    return lr * root / bias_correction(betas[0], step), max(eps, smallest_root(step.dtype)) * root
+    """``size`` and ``eps`` of `Coefficients` for ``k`` gradients in the moments, this one included.
+
+    The least ``ε`` is ``√V`` of the smallest ``V`` above zero. It changes nothing of note, and where no gradient ever
+    was anything but zero it divides 0 by a number.
+    """
+    root, limits = bias_correction(betas[1], step).sqrt(), torch.finfo(step.dtype)
+    return lr * root / bias_correction(betas[0], step), max(eps, math.sqrt(limits.tiny * limits.eps)) * root
 
 
 def adam_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, by: Coefficients) -> None:
-    """MoRet and AdamW in place, on a stabilised gradient.
+    """MoRet and AdamW in place, on a stabilised gradient; all are of one dtype, float32 or float64.
 
     ``M ← β1·M + (1−β1)·g``,  ``V ← β2·V + (1−β2)·g²``,
     ``w ← w·(1−lr·wd) − lr·(M/(1−β1ᵏ)) / (√(V/(1−β2ᵏ)) + ε)``, the last as ``size·M/(√V + ε·√(1−β2ᵏ))``
-
-    Args:
-        weight: ``w``, any shape, float32 or float64 like everything here; changed.
-        grad: ``g``, clipped and normalised, not changed.
-        exp_avg: ``M``, changed.
-        exp_avg_sq: ``V``, changed.
-        by: numbers of the tensor; its clipping is not looked at.
     """
-    exp_avg.mul_(by.keep).addcmul_(grad, by.enter)
+    exp_avg.mul_(by.keep).add_(grad * by.enter)
     exp_avg_sq.mul_(by.keep_sq).addcmul_(grad * by.enter_sq, grad)
     root = exp_avg_sq.sqrt().add_(by.eps)
     weight.mul_(by.decay).sub_((exp_avg * by.size).div_(root))

@@ -1,12 +1,11 @@
 """Stable-SPAM inside the backward pass: a parameter is updated, and its gradient freed, once it is complete."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_stablespam.optim.backends.sharding import is_sharded
+from hf_stablespam.optim.options import check_gradient
 from hf_stablespam.optim.plan import Batch, Result
 from hf_stablespam.optim.stable_spam import StableSPAM, check_before_step, update
 
@@ -45,29 +44,16 @@ class LayerwiseStableSPAM(StableSPAM):
             if param.requires_grad:
                 param.register_post_accumulate_grad_hook(self._update_one)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Close the step; the updates were made during `backward()`.
-
-        Args:
-            closure: evaluates the model, calls `backward()` and returns the loss, if the loss is to be returned.
-
-        Raises:
-            ValueError: for a gradient that no hook has seen.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    raise ValueError(
-                        f"gradients must come from backward(), got one set otherwise for a parameter of shape "
-                        f"{tuple(param.shape)} (replaced after the optimizer was made, as FSDP does?); use StableSPAM"
-                    )
-        self._last_step, self._updated = self._updated, []
-        return loss
+    def _update(self) -> list[Result]:
+        """Close the step; the updates were made during `backward()`."""
+        for param in (param for group in self.param_groups for param in group["params"]):
+            if param.grad is not None:
+                raise ValueError(
+                    f"gradients must come from backward(), got one set otherwise for a parameter of shape "
+                    f"{tuple(param.shape)} (replaced after the optimizer was made, as FSDP does?); use StableSPAM"
+                )
+        seen, self._updated = self._updated, []
+        return seen
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -77,11 +63,7 @@ class LayerwiseStableSPAM(StableSPAM):
     def _update_one(self, param: Tensor) -> None:
         group = next(group for group in self.param_groups if any(other is param for other in group["params"]))
         check_before_step(group)
-        if is_sharded(param):
-            raise ValueError(
-                f"LayerwiseStableSPAM needs whole parameters, got a sharded one (DTensor) of shape "
-                f"{tuple(param.shape)}; use StableSPAM"
-            )
+        check_gradient(param, "LayerwiseStableSPAM")
         assert param.grad is not None
         if param.numel() > 0:
             if not self.state[param]:

@@ -12,29 +12,28 @@ import torch
 from torch import Tensor
 
 from hf_stablespam._names import nearest
+from hf_stablespam._sharded import is_sharded
 from hf_stablespam.optim.galore.projection import PROJECTION_TYPES
 from hf_stablespam.optim.state.low_bit import BITS, require_torchao
 
 AUTO = "auto"
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Rule = Callable[[Any], bool]
 
 
 class Kind(NamedTuple):
     """What values an option takes."""
 
     rule: str  # "must be …"
-    accepts: Rule
+    accepts: Callable[[Any], bool]
     read: Callable[[str], Any]  # from `optim_args`; raises ValueError or KeyError
     expected: str  # what `read` takes
 
     def or_none(self) -> "Kind":
         """The same, or ``None``, which the remedy speaks of."""
-        return Kind(
-            self.rule,
-            lambda value: value is None or self.accepts(value),
-            lambda text: None if text.lower() == "none" else self.read(text),
-            f"{self.expected.replace(' or ', ', ')} or none",
+        return self._replace(
+            accepts=lambda value: value is None or self.accepts(value),
+            read=lambda text: None if text.lower() == "none" else self.read(text),
+            expected=f"{self.expected.replace(' or ', ', ')} or none",
         )
 
 
@@ -59,12 +58,16 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_beta(value: Any) -> bool:
-    return is_number(value) and 0 <= value < 1
+def _number(rule: str, is_in: Callable[[Any], bool]) -> Kind:
+    return Kind(rule, lambda value: is_number(value) and is_in(value), float, "a number")
 
 
-def _is_learning_rate(value: Any) -> bool:
-    return value.numel() == 1 if isinstance(value, Tensor) else is_number(value) and value >= 0
+def _whole(rule: str, least: int) -> Kind:
+    return Kind(rule, lambda value: is_whole(value) and value >= least, int, "an integer")
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2
 
 
 def _pair(text: str) -> tuple[float, float]:
@@ -72,27 +75,28 @@ def _pair(text: str) -> tuple[float, float]:
     return float(first), float(second)
 
 
-BETA = Kind("in [0, 1)", _is_beta, float, "a number")
+BETA = _number("in [0, 1)", lambda value: 0 <= value < 1)
 BETAS = Kind(
     "two numbers in [0, 1)",
-    lambda value: isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_beta, value)),
+    lambda value: _is_pair(value) and all(map(BETA.accepts, value)),
     _pair,
     "two numbers joined by a colon, such as 0.7:0.9,",
 )
-LEARNING_RATE = Kind("a number >= 0", _is_learning_rate, float, "a number")
-AT_LEAST_ZERO = Kind("a number >= 0", lambda value: is_number(value) and value >= 0, float, "a number")
-ABOVE_ZERO = Kind("a number > 0", lambda value: is_number(value) and value > 0, float, "a number")
-SHARE = Kind("in (0, 1]", lambda value: is_number(value) and 0 < value <= 1, float, "a number")
-FRACTION = Kind("in [0, 1]", lambda value: is_number(value) and 0 <= value <= 1, float, "a number")
-STEPS = Kind("a whole number of steps >= 1", lambda value: is_whole(value) and value >= 1, int, "an integer")
+AT_LEAST_ZERO = _number("a number >= 0", lambda value: value >= 0)
+LEARNING_RATE = AT_LEAST_ZERO._replace(
+    accepts=lambda value: value.numel() == 1 if isinstance(value, Tensor) else AT_LEAST_ZERO.accepts(value)
+)
+ABOVE_ZERO = _number("a number > 0", lambda value: value > 0)
+SHARE = _number("in (0, 1]", lambda value: 0 < value <= 1)
+FRACTION = _number("in [0, 1]", lambda value: 0 <= value <= 1)
+STEPS = _whole("a whole number of steps >= 1", 1)
 STEPS_OR_AUTO = Kind(
     STEPS.rule,
     lambda value: STEPS.accepts(value) or (isinstance(value, str) and value == AUTO),
     lambda text: AUTO if text.lower() == AUTO else int(text),
     "an integer or auto",
 )
-WHOLE = Kind("a whole number >= 1", lambda value: is_whole(value) and value >= 1, int, "an integer")
-COUNT = Kind("a whole number >= 0", lambda value: is_whole(value) and value >= 0, int, "an integer")
+WHOLE, COUNT = _whole("a whole number >= 1", 1), _whole("a whole number >= 0", 0)
 FLAG = Kind(
     "True or False",
     lambda value: isinstance(value, bool),
@@ -107,81 +111,64 @@ STATE_DTYPE = Kind(
     lambda text: None if text.lower() == "none" else STATE_DTYPES[text.lower()],
     "float32, bfloat16 or none",
 )
-PROJECTION = Kind(
-    f"one of {', '.join(PROJECTION_TYPES)}",
-    lambda value: value in PROJECTION_TYPES,
-    str,
-    "std, reverse_std, left, right or full",
-)
+_SIDES = ", ".join(PROJECTION_TYPES)
+PROJECTION = Kind(f"one of {_SIDES}", lambda value: value in PROJECTION_TYPES, str, " or ".join(_SIDES.rsplit(", ", 1)))
 
-_ADAM: Mapping[str, Option] = {
-    "lr": Option(
-        1e-3, LEARNING_RATE, "learning rate", "; pass the learning rate as a positive number such as 1e-3", symbol="η"
-    ),
-    "betas": Option((0.9, 0.999), BETAS, "decay rates of Adam's moments", "; Adam's are (0.9, 0.999)", symbol="β1, β2"),
-    "eps": Option(1e-8, AT_LEAST_ZERO, "in the denominators of Adam and AdaGN", "; 1e-8 is Adam's", symbol="ε"),
-    "weight_decay": Option(0.0, AT_LEAST_ZERO, "decoupled weight decay", "; 0 switches it off", symbol="λ"),
-}
-_MAXIMIZE = Option(False, FLAG, "climb instead of descend")
-_RESETS = "; None switches resets off"
+_NO_RESETS = "; None switches resets off"
+_LR = Option(1e-3, LEARNING_RATE, "learning rate", "; pass the learning rate as a positive number such as 1e-3", "η")
+_BETAS = Option((0.9, 0.999), BETAS, "decay rates of Adam's moments", "; Adam's are (0.9, 0.999)", "β1, β2")
+_EPS = Option(1e-8, AT_LEAST_ZERO, "in the denominators of Adam and AdaGN", "; 1e-8 is Adam's", "ε")
+_WEIGHT_DECAY = Option(0.0, AT_LEAST_ZERO, "decoupled weight decay", "; 0 switches it off", "λ")
+_CLIP = "decay rate of the running largest entry; `none`: no clipping"
+_NORM = "decay rates of the running norm and squared norm; `none`: no normalising"
+_RESET = "steps between resets of the moments; `none`: no resets"
+_DECAY = "steps over which β1 and γ1 decay; `auto` in the Trainer: the run's"
+_SIDE = f"which side is projected: `{'`, `'.join(PROJECTION_TYPES)}`"
 
 STABLE_SPAM: Mapping[str, Option] = {
-    **_ADAM,
-    "clip_beta": Option(
-        *(0.999, BETA.or_none(), "decay rate of the running largest entry; `none`: no clipping"),
-        *("; None switches clipping off", "γ3", (("gamma3", None),)),
-    ),
+    "lr": _LR,
+    "betas": _BETAS,
+    "eps": _EPS,
+    "weight_decay": _WEIGHT_DECAY,
+    "clip_beta": Option(0.999, BETA.or_none(), _CLIP, "; None switches clipping off", "γ3", (("gamma3", None),)),
     "norm_betas": Option(
-        *((0.7, 0.9), BETAS.or_none(), "decay rates of the running norm and squared norm; `none`: no normalising"),
-        *("; None switches normalising off", "γ1, γ2", (("gamma1", 0), ("gamma2", 1))),
+        *((0.7, 0.9), BETAS.or_none(), _NORM, "; None switches normalising off", "γ1, γ2"),
+        aliases=(("gamma1", 0), ("gamma2", 1)),
     ),
-    "reset_interval": Option(
-        *(1000, STEPS.or_none(), "steps between resets of the moments; `none`: no resets"),
-        *(_RESETS, "ΔT", (("update_proj_gap", None),)),
-    ),
+    "reset_interval": Option(1000, STEPS.or_none(), _RESET, _NO_RESETS, "ΔT", (("update_proj_gap", None),)),
     "decay_steps": Option(
-        *(None, STEPS_OR_AUTO.or_none(), "steps over which β1 and γ1 decay; `auto` in the Trainer: the run's"),
-        *("; None switches the decay off", "D", (("total_T", None),)),
+        None, STEPS_OR_AUTO.or_none(), _DECAY, "; None switches the decay off", "D", (("total_T", None),)
     ),
-    "decay_floor": Option(0.5, FRACTION, "where the decay ends", "; 0.5 is the value of the paper's code", symbol="f"),
-    "maximize": _MAXIMIZE,
+    "decay_floor": Option(0.5, FRACTION, "where the decay ends", "; 0.5 is the value of the paper's code", "f"),
+    "maximize": Option(False, FLAG, "climb instead of descend"),
     "foreach": Option(None, CHOICE, "force or forbid PyTorch's multi-tensor operations; `none`: choose"),
     "fused": Option(None, CHOICE, "force or forbid compiled kernels; `none`: choose"),
     "state_dtype": Option(None, STATE_DTYPE, "dtype of the moments; `none`: the parameter's"),
     "stochastic_rounding": Option(False, FLAG, "round bfloat16 weights at random"),
     "state_bits": Option(32, STATE_BITS, "8 or 4: moments in so many bits", "; 32 keeps the moments in state_dtype"),
-    "rank": Option(None, WHOLE.or_none(), "directions kept", "; None switches the projection off", symbol="r"),
-    "update_proj_gap": Option(200, STEPS, "steps between new directions", "; 200 is GaLore's", symbol="T"),
-    "scale": Option(0.25, ABOVE_ZERO, "multiplies the update of projected matrices", "; 0.25 is GaLore's", symbol="α"),
-    "proj_type": Option(
-        "std",
-        PROJECTION,
-        f"which side is projected: {', '.join(f'`{kind}`' for kind in PROJECTION_TYPES)}",
-        "; std is GaLore's",
-    ),
+    "rank": Option(None, WHOLE.or_none(), "directions kept", "; None switches the projection off", "r"),
+    "update_proj_gap": Option(200, STEPS, "steps between new directions", "; 200 is GaLore's", "T"),
+    "scale": Option(0.25, ABOVE_ZERO, "multiplies the update of projected matrices", "; 0.25 is GaLore's", "α"),
+    "proj_type": Option("std", PROJECTION, _SIDE, "; std is GaLore's"),
     "reset_on_switch": Option(False, FLAG, "reset a matrix's moments when it gets new directions"),
 }
 
+_THRESHOLD = "how many times its second moment a squared entry may be"
+_OF_RESET = (("DeltaT", None), ("update_proj_gap", None))
+_DENSITY = "share of the entries that is trained between two resets"
+
 SPAM: Mapping[str, Option] = {
-    **_ADAM,
-    "eps": _ADAM["eps"]._replace(default=1e-6),
-    "threshold": Option(
-        *(5000.0, ABOVE_ZERO.or_none(), "how many times its second moment a squared entry may be"),
-        *("; None switches clipping off", "θ"),
-    ),
+    "lr": _LR,
+    "betas": _BETAS,
+    "eps": _EPS._replace(default=1e-6),
+    "weight_decay": _WEIGHT_DECAY,
+    "threshold": Option(5000.0, ABOVE_ZERO.or_none(), _THRESHOLD, "; None switches clipping off", "θ"),
     "clip_delay": Option(20, COUNT, "gradients in the moments before clipping begins"),
-    "reset_interval": Option(
-        *(500, STEPS.or_none(), "steps between resets", _RESETS, "ΔT"),
-        (("DeltaT", None), ("update_proj_gap", None)),
-    ),
-    "warmup_steps": Option(
-        150, COUNT, "steps of the warm-up after a reset", symbol="N", aliases=(("warmup_epoch", None),)
-    ),
-    "density": Option(
-        1.0, SHARE, "share of the entries that is trained between two resets", "; 1.0 trains every entry"
-    ),
+    "reset_interval": Option(500, STEPS.or_none(), "steps between resets", _NO_RESETS, "ΔT", _OF_RESET),
+    "warmup_steps": Option(150, COUNT, "steps of the warm-up after a reset", "", "N", (("warmup_epoch", None),)),
+    "density": Option(1.0, SHARE, _DENSITY, "; 1.0 trains every entry"),
     "seed": Option(0, COUNT, "of the random subsets"),
-    "maximize": _MAXIMIZE,
+    "maximize": STABLE_SPAM["maximize"],
 }
 
 
@@ -193,61 +180,43 @@ def check_options(table: Mapping[str, Option], options: Mapping[str, Any]) -> No
         ImportError: for ``state_bits`` below 32 without torchao.
     """
     for name, option in table.items():
-        if name in options:
-            check_option(name, option, options[name])
-    for check in (_check_one_path, _check_state_bits, _check_rank):
-        check(options)
-
-
-def check_option(name: str, option: Option, value: Any) -> None:
-    """A value is in the range of an option.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    if option.kind.accepts(value):
-        return
-    if name == "lr" and isinstance(value, Tensor):
-        raise ValueError(f"lr must be a number >= 0 or a tensor of one element, got shape {tuple(value.shape)}")
-    rule = option.kind.rule
-    if rule == BETAS.rule and isinstance(value, (tuple, list)) and len(value) == 2:
-        index = 1 if _is_beta(value[0]) else 0
-        name, rule, value = f"{name}[{index}]", BETA.rule, value[index]
-    raise ValueError(f"{name} must be {rule}, got {value!r}{option.remedy}")
-
-
-def _check_one_path(options: Mapping[str, Any]) -> None:
+        if name in options and not option.kind.accepts(options[name]):
+            raise ValueError(_refusal(name, option, options[name]))
     if options.get("foreach") and options.get("fused"):
         raise ValueError("foreach and fused must not both be True, got foreach=True, fused=True; set one, or neither")
-
-
-def _check_state_bits(options: Mapping[str, Any]) -> None:
-    bits = options.get("state_bits", 32)
-    if bits == 32:
-        return
-    if options["state_dtype"] is not None:
+    bits, rank = options.get("state_bits", 32), options.get("rank")
+    if bits != 32 and options["state_dtype"] is not None:
         raise ValueError(f"state_dtype must be None with state_bits={bits}, got {options['state_dtype']}; set one")
-    _check_no_path(options, f"state_bits={bits}")
-    require_torchao(bits)
+    for beside in [f"state_bits={bits}"] * (bits != 32) + [f"rank={rank}"] * (rank is not None):
+        for path in ("fused", "foreach"):
+            if options[path]:
+                raise ValueError(f"{path} must be None or False with {beside}, got True; leave it out")
+    if bits != 32:
+        require_torchao(bits)
 
 
-def _check_rank(options: Mapping[str, Any]) -> None:
-    if options.get("rank") is not None:
-        _check_no_path(options, f"rank={options['rank']}")
+def _refusal(name: str, option: Option, value: Any) -> str:
+    if name == "lr" and isinstance(value, Tensor):
+        return f"lr must be a number >= 0 or a tensor of one element, got shape {tuple(value.shape)}"
+    rule = option.kind.rule
+    if rule == BETAS.rule and _is_pair(value):
+        index = 1 if BETA.accepts(value[0]) else 0
+        name, rule, value = f"{name}[{index}]", BETA.rule, value[index]
+    return f"{name} must be {rule}, got {value!r}{option.remedy}"
 
 
-def _check_no_path(options: Mapping[str, Any], beside: str) -> None:
-    for path in ("fused", "foreach"):
-        if options[path]:
-            raise ValueError(f"{path} must be None or False with {beside}, got True; leave it out")
-
-
-def check_targets(group: Mapping[str, Any]) -> None:
-    """A group that names a rank has a matrix to project.
+def check_group(group: Mapping[str, Any]) -> None:
+    """The parameters of one group can be trained with its options.
 
     Raises:
-        ValueError: if it has none.
+        ValueError: for a complex parameter, or if none can be projected to the group's rank.
     """
+    for index, param in enumerate(group["params"]):
+        if param.is_complex():
+            raise ValueError(
+                f"parameters must be real, got {param.dtype} for shape {tuple(param.shape)}, "
+                f"parameter {index} of the group; optimize torch.view_as_real(parameter) instead"
+            )
     if group.get("rank") is not None and not any(param.dim() == 2 for param in group["params"]):
         raise ValueError(f"rank={group['rank']} needs a 2-dimensional parameter in its group, but there is none")
 
@@ -264,22 +233,8 @@ def check_group_names(group: dict[str, Any], known: Iterable[str]) -> None:
             raise TypeError(f"unknown option {name!r} in a parameter group{hint}; known options: {', '.join(known)}")
 
 
-def check_real(params: Iterable[Tensor]) -> None:
-    """The parameters of one group are real.
-
-    Raises:
-        ValueError: for the first complex one.
-    """
-    for index, param in enumerate(params):
-        if param.is_complex():
-            raise ValueError(
-                f"parameters must be real, got {param.dtype} for shape {tuple(param.shape)}, "
-                f"parameter {index} of the group; optimize torch.view_as_real(parameter) instead"
-            )
-
-
-def check_dense(param: Tensor) -> None:
-    """The gradient of a parameter, if it has one, is dense.
+def check_gradient(param: Tensor, whole: str = "") -> None:
+    """The gradient of a parameter, if it has one, is dense; and the parameter whole, if ``whole`` says who needs that.
 
     Raises:
         ValueError: if it is not.
@@ -288,4 +243,9 @@ def check_dense(param: Tensor) -> None:
         raise ValueError(
             f"gradients must be dense, got {layout} for a parameter of shape {tuple(param.shape)}; "
             "build the embedding with sparse=False"
+        )
+    if whole and param.grad is not None and is_sharded(param):
+        raise ValueError(
+            f"{whole} needs whole parameters, got a sharded one (DTensor) of shape {tuple(param.shape)}; "
+            "train with DDP, or use StableSPAM"
         )

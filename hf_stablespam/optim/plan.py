@@ -1,6 +1,7 @@
 """What one step does to the few numbers kept for each tensor, and with which coefficients the gradients are updated.
 
-Every backend asks here, so the method is decided once. Vectors have one entry per tensor.
+Every backend asks here, so the method is decided once. Vectors have one entry per tensor, in the dtype of the
+statistics: float32, or float64 for float64 parameters.
 """
 
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ from hf_stablespam.optim.formulas import (
 
 State = dict[str, Tensor]
 Options = dict[str, Any]
+MOMENTS = ("exp_avg", "exp_avg_sq")  # M and V
 
 
 class Batch(NamedTuple):
@@ -31,6 +33,12 @@ class Batch(NamedTuple):
     params: list[Tensor]  # w
     grads: list[Tensor]  # g, dense, never changed
     states: list[State]
+
+    def add(self, param: Tensor, grad: Tensor, state: State) -> None:
+        """One more."""
+        self.params.append(param)
+        self.grads.append(grad)
+        self.states.append(state)
 
     def pick(self, indices: Iterable[int]) -> "Batch":
         """Some of them."""
@@ -59,7 +67,6 @@ class Trackers(NamedTuple):
 
 
 CHANGING = Trackers._fields[:5]
-MOMENTS = ("exp_avg", "exp_avg_sq")  # M and V
 
 
 class Measured(NamedTuple):
@@ -87,55 +94,74 @@ class Clipped(NamedTuple):
 class Plan(NamedTuple):
     """This step's new trackers and what it does to the tensors."""
 
-    trackers: Trackers  # the old ones where the tensor is passed over
-    finite: Tensor  # bool: False where the tensor is passed over
+    trackers: Tensor  # (5, tensors), those that are `CHANGING`; the old ones where the tensor is passed over
+    finite: Tensor  # bool: False where the tensor is passed over, and `by` means nothing
     factor: Tensor  # f, by which the clipped gradient is multiplied
     reset: Tensor  # bool
     by: Coefficients
 
 
 def plan_clipping(old: Trackers, grad_max: Tensor, options: Options) -> Clipping:
-    """The threshold of this step, from the running mean of the largest entries.
-
-    Args:
-        old: trackers before the step.
-        grad_max: ``max|g|``.
-        options: the parameter group.
-    """
+    """The threshold of this step, from the running mean of the largest entries."""
     if options["clip_beta"] is None:
         return Clipping(old.clip_max, torch.full_like(grad_max, torch.inf), torch.ones_like(grad_max))
-    age = (old.step + 1 - old.clip_since).to(grad_max.dtype)  # gradients in the mean, this one included
+    age = old.step + 1 - old.clip_since  # gradients in the mean, this one included
     clip_max, threshold = clip_threshold(old.clip_max, grad_max, age, clip_beta=options["clip_beta"])
     return Clipping(clip_max, threshold, clip_ratio(grad_max, threshold))
 
 
 def plan_update(old: Trackers, clipping: Clipping, measured: Measured, clipped: Clipped, options: Options) -> Plan:
-    """The rest of the step: AdaGN's factor, the reset, the decayed β1, the bias corrections, the new trackers.
-
-    Args:
-        old: trackers before the step.
-        clipping: from `plan_clipping`.
-        measured: the gradients as they came.
-        clipped: the gradients after clipping.
-        options: the parameter group.
-    """
-    finite, norm = is_usable(measured.norm), clipped.norm
-    step = old.step + 1
-    decay = cosine_decay(step.to(norm.dtype), options["decay_steps"], options["decay_floor"])
-    norm_mean, norm_sq, factor = _normalise(old, norm, decay, options)
+    """The rest of the step: AdaGN's factor, the reset, the decayed β1, the bias corrections, the new trackers."""
+    finite, norm, step = is_usable(measured.norm), clipped.norm, old.step + 1
+    decay = cosine_decay(step, options["decay_steps"], options["decay_floor"])
+    norm_mean, norm_sq, factor = old.norm_mean, old.norm_sq, torch.ones_like(norm)
+    if options["norm_betas"] is not None:
+        age, betas = step - old.adopted_at, options["norm_betas"]
+        norm_mean, norm_sq, target = norm_target(
+            norm_mean, norm_sq, norm, age, norm_betas=betas, decay=decay, eps=options["eps"]
+        )
+        factor = norm_factor(target, norm)
     reset = is_reset_step(step, options["reset_interval"]) & finite
     moment_step = torch.where(reset, 0, old.moment_step) + 1
-    new = old._replace(
-        step=step, moment_step=moment_step, clip_max=clipping.clip_max, norm_mean=norm_mean, norm_sq=norm_sq
-    )
-    kept = (torch.where(finite, after, before) for after, before in zip(new, old, strict=True))
+    new = torch.stack([step, moment_step, clipping.clip_max, norm_mean, norm_sq])
     return Plan(
-        trackers=Trackers(*kept),
+        trackers=torch.where(finite, new, torch.stack(old[:5])),
         finite=finite,
         factor=torch.where(finite, factor, 0),
         reset=reset,
-        by=_coefficients(old, clipping, factor, moment_step, decay, finite, options),
+        by=_coefficients(old, clipping, factor, moment_step, decay, options),
     )
+
+
+def _coefficients(
+    old: Trackers, clipping: Clipping, factor: Tensor, moment_step: Tensor, decay: Tensor | float, options: Options
+) -> Coefficients:
+    (beta1, beta2), lr, ones = options["betas"], options["lr"], torch.ones_like(factor)
+    beta1 = decay * beta1 * ones
+    carry = _carry(old, factor, moment_step)
+    size, eps = adam_sizes(lr, (beta1, beta2), moment_step, options["eps"])
+    return Coefficients(
+        threshold=clipping.threshold,
+        ratio=clipping.ratio,
+        factor=-factor if options["maximize"] else factor,
+        keep=beta1 * carry,
+        enter=1 - beta1,
+        keep_sq=beta2 * carry * carry,
+        enter_sq=(1 - beta2) * ones,
+        size=size,
+        decay=(1 - lr * options["weight_decay"]) * ones,
+        eps=eps,
+    )
+
+
+def _carry(old: Trackers, factor: Tensor, moment_step: Tensor) -> Tensor:
+    """How the old moments enter this step: not at all if it is their first; as they are otherwise, with one exception.
+
+    Moments adopted from AdamW are in the scale of the raw gradient. The first gradient that AdaGN normalises tells
+    the factor between the two scales; ``M·f`` and ``V·f²`` are what normalising would have made of them.
+    """
+    first = (old.adopted_at > 0) & (old.step == old.adopted_at) & (factor > 0)
+    return torch.where(moment_step == 1, 0.0, torch.where(first, factor, 1.0))
 
 
 def step_statistics(measured: Measured, clipping: Clipping, clipped: Clipped, plan: Plan) -> dict[str, Tensor]:
@@ -151,61 +177,3 @@ def step_statistics(measured: Measured, clipping: Clipping, clipped: Clipped, pl
         "reset": plan.reset,
     }
     return {name: value.to(torch.float32) for name, value in rows.items()}
-
-
-def _normalise(old: Trackers, norm: Tensor, decay: Tensor | float, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """AdaGN: the new ``m`` and ``v``, and the factor ``c/n``."""
-    if options["norm_betas"] is None:
-        return old.norm_mean, old.norm_sq, torch.ones_like(norm)
-    norm_mean, norm_sq, target = norm_target(
-        old.norm_mean,
-        old.norm_sq,
-        norm,
-        (old.step + 1 - old.adopted_at).to(norm.dtype),
-        norm_betas=options["norm_betas"],
-        decay=decay,
-        eps=options["eps"],
-    )
-    return norm_mean, norm_sq, norm_factor(target, norm)
-
-
-def _coefficients(
-    old: Trackers,
-    clipping: Clipping,
-    factor: Tensor,
-    moment_step: Tensor,
-    decay: Tensor | float,
-    finite: Tensor,
-    options: Options,
-) -> Coefficients:
-    (beta1, beta2), lr = options["betas"], options["lr"]
-    ones = torch.ones_like(factor)
-    beta1 = decay * beta1 * ones
-    carry = _carry(old, factor, moment_step)
-    size, eps = adam_sizes(lr, (beta1, beta2), moment_step.to(factor.dtype), options["eps"])
-
-    def unless_passed_over(value: Tensor | float, neutral: float) -> Tensor:
-        return torch.where(finite, value, neutral)
-
-    return Coefficients(
-        threshold=clipping.threshold,
-        ratio=clipping.ratio,
-        factor=unless_passed_over(-factor if options["maximize"] else factor, 0.0),
-        keep=unless_passed_over(beta1 * carry, 1.0),
-        enter=unless_passed_over(1 - beta1, 0.0),
-        keep_sq=unless_passed_over(beta2 * carry * carry, 1.0),
-        enter_sq=unless_passed_over((1 - beta2) * ones, 0.0),
-        size=unless_passed_over(size, 0.0),
-        decay=unless_passed_over((1 - lr * options["weight_decay"]) * ones, 1.0),
-        eps=eps,
-    )
-
-
-def _carry(old: Trackers, factor: Tensor, moment_step: Tensor) -> Tensor:
-    """How the old moments enter this step: not at all if it is their first; as they are otherwise, with one exception.
-
-    Moments adopted from AdamW are in the scale of the raw gradient. The first gradient that AdaGN normalises tells
-    the factor between the two scales; ``M·f`` and ``V·f²`` are what normalising would have made of them.
-    """
-    first = (old.adopted_at > 0) & (old.step == old.adopted_at) & (factor > 0)
-    return torch.where(moment_step == 1, 0.0, torch.where(first, factor, 1.0))

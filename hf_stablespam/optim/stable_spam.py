@@ -8,8 +8,8 @@ from torch.optim.optimizer import ParamsT
 
 from hf_stablespam.optim.base import MeasuringOptimizer
 from hf_stablespam.optim.galore.step import apply_updates, split_projected, warn_of_clamped_rank
-from hf_stablespam.optim.options import AUTO, STABLE_SPAM, check_dense, check_options, check_targets
-from hf_stablespam.optim.plan import Batch, Options, Result, State
+from hf_stablespam.optim.options import AUTO, STABLE_SPAM, check_gradient
+from hf_stablespam.optim.plan import Batch, Options, Result
 from hf_stablespam.optim.state.fresh import MOMENTS, check_same_shapes, fresh_state
 from hf_stablespam.optim.state.from_adamw import adopted
 from hf_stablespam.optim.state.low_bit import clear
@@ -47,24 +47,20 @@ class StableSPAM(MeasuringOptimizer):
             for 4-bit training (for bfloat16 the paper has (0.85, 0.99999)). ``None``: no normalising.
         reset_interval: ``ΔT``, steps between resets of the moments. Default 1000. ``None``: no resets.
         decay_steps: ``D``, steps over which ``s`` falls from 1 to ``decay_floor`` by a cosine and stays there
-            (``total_T`` in the official code, the run's number of update steps there and in the Trainer).
-            Default ``None``: ``s = 1``. ``"auto"`` is for the Trainer, which puts the number in.
+            (``total_T`` in the official code). Default ``None``: ``s = 1``. ``"auto"``: the Trainer puts the run's in.
         decay_floor: the last value of ``s``, in [0, 1]. Default 0.5, the official code's.
         maximize: climb instead of descend. Default ``False``.
         foreach: force (``True``) or forbid (``False``) PyTorch's multi-tensor operations. Default ``None``: choose.
         fused: force or forbid compiled kernels. Default ``None``: choose what fits device, dtype and layout. On the CPU
-            those are Numba's (extra ``cpu``; where they cannot run PyTorch's operations serve, with one warning); on
-            CUDA ``True`` asks for the Triton kernels, which have only run in Triton's interpreter so far and are
-            therefore not chosen by themselves. With both ``False`` one tensor is updated after the other.
+            those are Numba's (extra ``cpu``; without it PyTorch's operations serve, with one warning); on CUDA ``True``
+            asks for the Triton kernels, which no GPU has run yet. With both ``False`` one tensor comes after the other.
         state_dtype: dtype of ``M`` and ``V``, such as ``torch.float32`` for bfloat16 parameters. Default ``None``: the
-            parameter's, but float32 for float16, whose range is too small for ``V``. Trackers are in float32 whatever
-            it is. For float64 parameters everything is in float64.
+            parameter's, but float32 for float16. Trackers are in float32; for float64 parameters all is in float64.
         stochastic_rounding: round new bfloat16 weights up or down at random, so that on average updates smaller than
-            the distance between two bfloat16 numbers arrive (torch's generator; needs no float32 copy of the
-            weights). Default ``False``: to nearest. Other dtypes are always rounded to nearest.
+            the distance of two bfloat16 numbers arrive (torch's generator). Default ``False``: to nearest.
         state_bits: 8 or 4 to keep ``M`` and ``V`` in so many bits with a scale per block (2.03 and 1.06 bytes per
             parameter; extra ``lowbit``, which is torchao). Default 32: as ``state_dtype`` says. Tensors of fewer than
-            4096 entries, or not of whole blocks of 256 (128), are kept in full. One tensor is updated after the other.
+            4096 entries, or not of whole blocks of 256 (128), are kept in full.
         rank: ``r`` of GaLore (arXiv 2403.03507; see `hf_stablespam.optim.galore`): clip, normalise and keep moments of
             a projection of each 2-dimensional gradient to so many directions. Give it to the groups of the attention
             and MLP weights. Above the smaller side of a matrix it is clamped, with one warning. Default ``None``: off.
@@ -86,6 +82,8 @@ class StableSPAM(MeasuringOptimizer):
         >>> optimizer.statistics["clipped"]
         tensor([0., 0.])
     """
+
+    table = STABLE_SPAM
 
     def __init__(
         self,
@@ -115,17 +113,13 @@ class StableSPAM(MeasuringOptimizer):
         given = locals()
         super().__init__(params, {name: given[name] for name in STABLE_SPAM})
 
-    def _check_options(self, options: dict[str, Any]) -> None:
-        check_options(STABLE_SPAM, options)
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of every optimizer here; and one warning where the rank has to be clamped."""
+        super().add_param_group(param_group)
+        warn_of_clamped_rank(self.param_groups[-1])
 
-    def _check_params(self, group: dict[str, Any]) -> None:
-        super()._check_params(group)
-        if group["rank"] is not None:
-            check_targets(group)
-            warn_of_clamped_rank(group["params"], group["rank"])
-
-    def _fresh_state(self, param: Tensor, group: dict[str, Any]) -> State:
-        return fresh_state(param, group)
+    _fresh_state = staticmethod(fresh_state)
+    _check_saved = staticmethod(check_same_shapes)
 
     def _update(self) -> list[Result]:
         for group in self.param_groups:
@@ -134,9 +128,6 @@ class StableSPAM(MeasuringOptimizer):
 
     def _before_loading(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         return adopted(state_dict, self.param_groups)
-
-    def _check_saved(self, index: Any, fresh: State, saved: dict[str, Any]) -> None:
-        check_same_shapes(index, fresh, saved)
 
     @torch.no_grad()
     def reset_moments(self) -> None:
@@ -162,12 +153,11 @@ class StableSPAM(MeasuringOptimizer):
         """The parameters that this step updates, with their states, which begin to exist here."""
         batch = Batch([], [], [])
         for param in group["params"]:
-            if param.grad is not None and param.numel() > 0:
-                if not self.state[param]:
-                    self.state[param] = self._fresh_state(param, group)
-                batch.params.append(param)
-                batch.grads.append(param.grad)
-                batch.states.append(self.state[param])
+            if (grad := param.grad) is not None and param.numel() > 0:
+                state = self.state[param]
+                if not state:
+                    state = self.state[param] = fresh_state(param, group)
+                batch.add(param, grad, state)
         return batch
 
 
@@ -185,11 +175,7 @@ def update(batches: list[tuple[Batch, Options]]) -> list[Result]:
 
 
 def check_before_step(group: dict[str, Any]) -> None:
-    """What a group must be when its parameters are about to be updated.
-
-    Raises:
-        ValueError: for a sparse gradient, and for ``decay_steps="auto"``.
-    """
+    """Raise a ValueError for a sparse gradient, and for ``decay_steps="auto"``."""
     # A step with a rate of zero and no gradients comes before a distributed checkpoint is loaded: it decides nothing.
     if group["decay_steps"] == AUTO and group["lr"] != 0:
         raise ValueError(
@@ -197,4 +183,4 @@ def check_before_step(group: dict[str, Any]) -> None:
             "the Trainer puts the run's number in, elsewhere pass it yourself (optim_args='decay_steps=N')"
         )
     for param in group["params"]:
-        check_dense(param)
+        check_gradient(param)

@@ -5,15 +5,15 @@ backend finds, and what `plan` decides, are vectors with one entry per tensor. S
 their processes find is put together between measuring and planning.
 """
 
-from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_stablespam.optim.backends import choose_backend
 from hf_stablespam.optim.backends.base import Backend
 from hf_stablespam.optim.backends.sharding import Meshes, local_batch
-from hf_stablespam.optim.plan import Batch, Options, Plan, Result, plan_clipping, plan_update, step_statistics
+from hf_stablespam.optim.plan import Batch, Clipped, Options, Plan, Result, plan_clipping, plan_update, step_statistics
 
 
 class Part:
@@ -21,9 +21,7 @@ class Part:
 
     def __init__(self, batch: Batch, backend: Backend) -> None:
         self.params = batch.params  # as the optimizer has them: sharded ones are whole here, and local in the backend
-        self.backend = backend
-        self.options = backend.options
-        self.old = backend.read_trackers()
+        self.backend, self.options, self.old = backend, backend.options, backend.read_trackers()
 
 
 def step(batches: list[tuple[Batch, Options]]) -> list[Result]:
@@ -40,7 +38,6 @@ def step(batches: list[tuple[Batch, Options]]) -> list[Result]:
     """
     results = []
     for part, plan, statistics in _planned(batches):
-        part.backend.write_trackers(plan.trackers)
         part.backend.update(plan)
         results.append(Result(part.params, statistics))
     return results
@@ -48,11 +45,8 @@ def step(batches: list[tuple[Batch, Options]]) -> list[Result]:
 
 def rescale(batches: list[tuple[Batch, Options]]) -> list[tuple[Result, list[Tensor]]]:
     """Write the trackers only, and return clipped and normalised copies of the gradients beside the statistics."""
-    results = []
-    for part, plan, statistics in _planned(batches):
-        part.backend.write_trackers(plan.trackers)
-        results.append((Result(part.params, statistics), part.backend.rescale(plan)))
-    return results
+    planned = _planned(batches)
+    return [(Result(part.params, statistics), part.backend.rescale(plan)) for part, plan, statistics in planned]
 
 
 def _planned(batches: list[tuple[Batch, Options]]) -> list[tuple[Part, Plan, dict[str, Tensor]]]:
@@ -62,12 +56,16 @@ def _planned(batches: list[tuple[Batch, Options]]) -> list[tuple[Part, Plan, dic
     clippings = [
         plan_clipping(part.old, seen.grad_max, part.options) for part, seen in zip(parts, measured, strict=True)
     ]
-    rows = zip(parts, measured, clippings, strict=True)
-    clipped = [part.backend.measure_clipped(seen, clipping) for part, seen, clipping in rows]
+    clipped = []
+    for part, seen, clipping in zip(parts, measured, clippings, strict=True):
+        clips = part.options["clip_beta"] is not None
+        unclipped = Clipped(seen.norm, torch.zeros_like(seen.norm))
+        clipped.append(part.backend.measure_clipped(seen, clipping) if clips else unclipped)
     measured, clipped = meshes.whole_norms(measured, clipped)
     planned = []
     for part, seen, clipping, rest in zip(parts, measured, clippings, clipped, strict=True):
         plan = plan_update(part.old, clipping, seen, rest, part.options)
+        part.backend.write_trackers(plan.trackers)
         planned.append((part, plan, step_statistics(seen, clipping, rest, plan)))
     return planned
 
@@ -78,8 +76,7 @@ def _parts(batches: list[tuple[Batch, Options]]) -> list[Part]:
         local = local_batch(batch)
         kinds: dict[Any, list[int]] = {}
         for index, (param, grad, state) in enumerate(zip(*local, strict=True)):
-            backend: Callable[..., Backend] = choose_backend(param, grad, state, options)
-            moment = state.get("exp_avg", grad)
+            backend, moment = choose_backend(param, grad, state, options), state.get("exp_avg", grad)
             kinds.setdefault((backend, param.device, param.dtype, grad.dtype, moment.dtype), []).append(index)
         parts += [Part(batch.pick(chosen), kind[0](local.pick(chosen), options)) for kind, chosen in kinds.items()]
     return parts

@@ -1,5 +1,10 @@
 """The backends against the reference and each other: which takes what, every layout, few and many spikes, extremes."""
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -22,10 +27,12 @@ OFF = {"clip_beta": None, "norm_betas": None, "reset_interval": None}
 fast = pytest.mark.parametrize("path", FAST.values(), ids=FAST)
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """Tensors cut into many pieces, chunks and threads' shares."""
-    monkeypatch.setattr(torch_ops, "BUCKET", {"cpu": 64})
+@pytest.fixture(params=["on the host", "on a device"])
+def small(request, monkeypatch):
+    """Tensors cut into many pieces; PyTorch's operations take them alone, or many at once as on an accelerator."""
+    monkeypatch.setattr(torch_ops, "HOSTS", ("cpu",) if request.param == "on the host" else ())
+    for limit in ("HOST_BUCKET", "LARGE_BUCKET"):
+        monkeypatch.setattr(torch_ops, limit, 64)
     monkeypatch.setattr(torch_ops, "ROW", 8)
 
 
@@ -57,6 +64,24 @@ def chosen(param=None, **options):
 )
 def test_the_choice_on_the_cpu(options, backend):
     assert chosen(**options) is backend
+
+
+def test_the_choice_is_announced_once_by_the_main_process():
+    code = """
+        import torch
+        from hf_stablespam.optim import StableSPAM
+        for dtype in (torch.float32, torch.float64):
+            weight = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+            for path in ({"foreach": True}, {"foreach": True}, {"foreach": False, "fused": False}):
+                optimizer = StableSPAM([weight], **path)
+                weight.grad = torch.ones_like(weight)
+                optimizer.step()
+    """
+    command = [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(code)]
+    for rank, expected in (("0", ["PyTorch's operations", "a loop over the tensors"]), ("1", [])):
+        done = subprocess.run(command, env=os.environ | {"RANK": rank}, capture_output=True, text=True, check=True)
+        said = [line for line in done.stderr.splitlines() if line.startswith("[hf_stablespam] optimizer steps")]
+        assert said == [f"[hf_stablespam] optimizer steps on cpu are made by {what}" for what in expected]
 
 
 def test_with_nothing_switched_on_the_update_is_torchs_own():

@@ -1,6 +1,7 @@
 """Bad input is an error before anything is trained, and its message names option, rule, value and remedy."""
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -109,17 +110,34 @@ def test_stabilize_has_the_defaults_of_the_table():
                 assert parameter.default == options.STABLE_SPAM[name].default, name
 
 
-def test_the_docs_show_the_defaults_and_symbols_of_the_table():
-    pages = {
-        name: Path(__file__).parents[2].joinpath("docs", f"{name}.md").read_text()
-        for name in ("hyperparameters", "memory")
-    }
-    for page, names in (("hyperparameters", ("clip_beta", "decay_floor")), ("memory", ("update_proj_gap", "scale"))):
-        for name in names:
-            assert f"| `{name}` | {options.STABLE_SPAM[name].default} |" in pages[page]
-    for name, option in options.STABLE_SPAM.items():
+ROOT = Path(__file__).parents[2]
+SHOWN = {None: "off", False: "`false`", "std": "`std`", (0.7, 0.9): "0.7:0.9"}  # how a page shows a default
+OF_THE_TRAINER = {"decay_steps": "`auto`", "state_dtype": "parameter's"}
+# tables of options begin with these two columns
+TABLE = re.compile(r"^\| option \| default \|.*\n\|[-|]+\n((?:\|.*\n)+)", re.MULTILINE)
+
+
+def rows_of_tables():
+    """(page, option, its default, the rest of the row) of every table of options on every page."""
+    for page in [ROOT / "README.md", *sorted(ROOT.joinpath("docs").rglob("*.md"))]:
+        for table in TABLE.findall(page.read_text(encoding="utf-8")):
+            for line in table.splitlines():
+                names, defaults, *rest = (cell.strip() for cell in line.strip("|").split("|"))
+                pairs = zip(re.findall(r"`(\w+)`", names), defaults.split(", "), strict=False)
+                yield from ((page.name, *pair, rest) for pair in pairs if pair[0] in options.STABLE_SPAM)
+
+
+def test_every_table_of_the_docs_shows_the_defaults_and_names_of_the_one_table():
+    rows = list(rows_of_tables())
+    assert {"README.md", "hyperparameters.md", "memory.md"} <= {page for page, *_ in rows}
+    for page, name, default, rest in rows:
+        option = options.STABLE_SPAM[name]
+        assert default == OF_THE_TRAINER.get(name, SHOWN.get(option.default, str(option.default))), (page, name)
         for alias, _ in option.aliases:
-            assert f"`{alias}`" in pages["hyperparameters"], (name, alias)
+            assert any(f"`{alias}`" in cell for cell in rest), (page, name, alias)
+    shown = {name for page, name, *_ in rows if page in ("hyperparameters.md", "memory.md")}
+    own_fields = {"lr", "betas", "eps", "weight_decay", "maximize", "foreach", "fused"}
+    assert shown == set(options.STABLE_SPAM) - own_fields
 
 
 def test_every_value_that_is_read_is_accepted_or_refused_by_the_same_rule():

@@ -5,7 +5,7 @@ from functools import cache
 from torch.optim.adamw import adamw
 
 from hf_stablespam.optim.backends.base import Backend
-from hf_stablespam.optim.plan import Clipped, Clipping, Measured, Options, Plan
+from hf_stablespam.optim.plan import Options, Plan
 
 
 def is_plain_adamw(options: Options) -> bool:
@@ -22,14 +22,13 @@ def with_adamw(backend: type[Backend]) -> type[Backend]:
 
 
 class _AdamWUpdate(Backend):
-    def measure_clipped(self, measured: Measured, clipping: Clipping) -> Clipped:
-        return self.unclipped(measured)
-
     def update(self, plan: Plan) -> None:
         finite = [index for index, usable in enumerate(plan.finite.tolist()) if usable]
         if not finite:
             return
         batch, options = self.batch.pick(finite), self.options
+        named = {name: options[name] for name in ("foreach", "fused", "lr", "weight_decay", "eps", "maximize")}
+        named |= {"beta1": options["betas"][0], "beta2": options["betas"][1]}
         adamw(
             batch.params,
             batch.grads,
@@ -37,13 +36,6 @@ class _AdamWUpdate(Backend):
             [state["exp_avg_sq"] for state in batch.states],
             [],
             [state["moment_step"] - 1 for state in batch.states],  # it counts by itself, and ours has counted already
-            foreach=options["foreach"],
-            fused=options["fused"],
+            **named,
             amsgrad=False,
-            beta1=options["betas"][0],
-            beta2=options["betas"][1],
-            lr=options["lr"],
-            weight_decay=options["weight_decay"],
-            eps=options["eps"],
-            maximize=options["maximize"],
         )

@@ -5,29 +5,29 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from hf_stablespam.optim.formulas import scale_of
 from hf_stablespam.optim.plan import CHANGING, Batch, Clipped, Clipping, Measured, Options, Plan, Trackers
 
 
 class Backend(ABC):
     """Parameters, gradients and states of one step, and the passes over them."""
 
+    label = ""  # what it is, in the announcement of the choice
+
     def __init__(self, batch: Batch, options: Options) -> None:
-        self.batch = batch
-        self.options = options
+        self.batch, self.options = batch, options
         self.precise = batch.states[0]["clip_max"].dtype  # of the statistics: float32, or float64 for float64
-        self.clips = options["clip_beta"] is not None
 
     def read_trackers(self) -> Trackers:
         """The trackers of all tensors as vectors."""
         states = self.batch.states
         columns = ([state.get(name, state["adopted_at"]) for state in states] for name in Trackers._fields)
-        return Trackers(*(torch.stack(column) for column in columns))
+        return Trackers(*(torch.stack(column).to(self.precise) for column in columns))
 
-    def write_trackers(self, trackers: Trackers) -> None:
+    def write_trackers(self, trackers: Tensor) -> None:
         """Write back what a step changes of them."""
         targets = [state[name] for name in CHANGING for state in self.batch.states]
-        values = [value for name in CHANGING for value in getattr(trackers, name).unbind()]
-        torch._foreach_copy_(targets, values)
+        torch._foreach_copy_(targets, list(trackers.view(-1).unbind()))
 
     @abstractmethod
     def measure(self) -> Measured:
@@ -45,28 +45,31 @@ class Backend(ABC):
     def rescale(self, plan: Plan) -> list[Tensor]:
         """Clipped and normalised copies of the gradients, in their dtype and layout; zeros where one is not finite."""
 
-    def unclipped(self, measured: Measured) -> Clipped:
-        """What clipping leaves where it is switched off."""
-        return Clipped(measured.norm, torch.zeros_like(measured.norm))
+
+def of_tensors(chunks: Tensor, reduce: str, counts: Tensor) -> Tensor:
+    """Numbers of consecutive chunks, reduced by "max" or "sum" to one number per tensor of so many chunks."""
+    return torch.segment_reduce(chunks, reduce, lengths=counts, unsafe=True, initial=0)
+
+
+def norms_of_tensors(chunk_norms: Tensor, owners: Tensor, grad_max: Tensor, counts: Tensor) -> Tensor:
+    """The norms of tensors from those of their chunks, of which ``owners`` says the tensor."""
+    scale = scale_of(grad_max)
+    squares = (chunk_norms.double() / scale[owners]).square()
+    return (scale * of_tensors(squares, "sum", counts).sqrt()).to(grad_max.dtype)
 
 
 def is_plain_tensor(*tensors: Tensor) -> bool:
     """Whether these are ordinary tensors with memory of their own, not `DTensor` or another subclass."""
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    return {type(tensor) for tensor in tensors} <= {Tensor, torch.nn.Parameter}
 
 
 def share_layout(tensors: list[Tensor]) -> bool:
     """Whether the tensors fill memory without gaps or overlaps and in the same order, so that they can be flattened."""
-    if all(tensor.is_contiguous() for tensor in tensors):
+    if all([tensor.is_contiguous() for tensor in tensors]):
         return True
-    strides = tensors[0].stride()
-    return _is_gapless(tensors[0]) and all(tensor.stride() == strides for tensor in tensors)
-
-
-def _is_gapless(tensor: Tensor) -> bool:
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+    strides, expected = tensors[0].stride(), 1
+    for stride, size in sorted(zip(strides, tensors[0].shape, strict=True)):
         if size != 1 and stride != expected:
             return False
         expected *= size
-    return True
+    return all(tensor.stride() == strides for tensor in tensors)

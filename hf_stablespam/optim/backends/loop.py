@@ -9,13 +9,15 @@ from torch import Tensor
 
 from hf_stablespam.optim.backends.base import Backend
 from hf_stablespam.optim.formulas import Coefficients, adam_, clip_spikes, safe_norm
-from hf_stablespam.optim.plan import Clipped, Clipping, Measured, Plan
+from hf_stablespam.optim.plan import MOMENTS, Clipped, Clipping, Measured, Plan
 from hf_stablespam.optim.state import low_bit
 from hf_stablespam.optim.state.stochastic_rounding import store
 
 
 class Loop(Backend):
     """The reference."""
+
+    label = "a loop over the tensors"
 
     def measure(self) -> Measured:
         grads = [grad.to(self.precise) for grad in self.batch.grads]
@@ -24,8 +26,6 @@ class Loop(Backend):
         return Measured(torch.stack(maxima), torch.stack(norms))
 
     def measure_clipped(self, measured: Measured, clipping: Clipping) -> Clipped:
-        if not self.clips:
-            return self.unclipped(measured)
         norms, entries = [], []
         for index, grad in enumerate(self.batch.grads):
             clipped, spikes = clip_spikes(grad.to(self.precise), clipping.threshold[index], clipping.ratio[index])
@@ -35,9 +35,8 @@ class Loop(Backend):
 
     def update(self, plan: Plan) -> None:
         for index, (param, grad, state) in enumerate(zip(*self.batch, strict=True)):
-            by, finite = _of_tensor(plan.by, index), plan.finite[index]
-            names = ("exp_avg", "exp_avg_sq")
-            exp_avg, exp_avg_sq = (low_bit.read(state[name], self.precise).clone() for name in names)
+            by, finite = Coefficients(*(column[index] for column in plan.by)), plan.finite[index]
+            exp_avg, exp_avg_sq = (low_bit.read(state[name], self.precise).clone() for name in MOMENTS)
             weight = param.to(self.precise, copy=True)
             adam_(weight, self._stabilized(grad, by), exp_avg, exp_avg_sq, by)
             low_bit.write(state["exp_avg"], exp_avg, finite)
@@ -45,18 +44,9 @@ class Loop(Backend):
             store(param, torch.where(finite, weight, param), stochastic=self.options["stochastic_rounding"])
 
     def rescale(self, plan: Plan) -> list[Tensor]:
-        new = []
-        for index, grad in enumerate(self.batch.grads):
-            stabilized = self._stabilized(grad, _of_tensor(plan.by, index)).to(grad.dtype)
-            new.append(torch.where(plan.finite[index], stabilized, torch.zeros_like(grad)))
-        return new
+        rows = zip(self.batch.grads, torch.stack(plan.by, dim=1), plan.finite, strict=True)
+        new = ((grad, self._stabilized(grad, Coefficients(*by)), finite) for grad, by, finite in rows)
+        return [torch.where(finite, value.to(grad.dtype), torch.zeros_like(grad)) for grad, value, finite in new]
 
     def _stabilized(self, grad: Tensor, by: Coefficients) -> Tensor:
-        grad = grad.to(self.precise)
-        if self.clips:
-            grad, _ = clip_spikes(grad, by.threshold, by.ratio)
-        return grad * by.factor
-
-
-def _of_tensor(by: Coefficients, index: int) -> Coefficients:
-    return Coefficients(*(column[index] for column in by))
+        return clip_spikes(grad.to(self.precise), by.threshold, by.ratio)[0] * by.factor

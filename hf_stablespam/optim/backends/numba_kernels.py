@@ -1,12 +1,12 @@
 """The passes in machine code that Numba makes (extra ``cpu``): one call per thread for all tensors of a step.
 
-The kernels find tensors by their addresses. Each thread has a share of all chunks of 16,384 entries, whose tensors may
-be long or short. bfloat16 is read and written through its bits, as uint16. The threads are Python's (see `numba_ops`),
+The kernels find tensors by their addresses. Each thread gets a list of chunks of 4,096 entries, whose tensors may be
+long or short. bfloat16 is read and written through its bits, as uint16. The threads are Python's (see `numba_ops`),
 which the kernels let run: Numba's own compile for twice as long, change how many threads PyTorch takes where both use
-OpenMP, and end a process that was forked.
+OpenMP, and end a process that was forked. A ``like`` is an empty array that tells a kernel a dtype.
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,25 +14,25 @@ from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 from numpy import ndarray as Array
 
-CHUNK = 1 << 14  # entries: 64 KiB of float32, so that the second look at a chunk finds it in the cache
-TINY = 1e-15  # entries whose squares may leave the range of float32
-# `arcp` lets a division by one number become a multiplication; nan and inf stay what they are
-_FAST = {"reassoc", "contract", "arcp", "nsz"}
+CHUNK = 1 << 12  # entries
+TINY = 1e-28  # sums of squares, of which some may have left the range of float32
+NEAREST = np.int32(-1)  # the noise that rounds to the nearest bfloat16, to the even one of two
 KERNELS: list[Any] = []
 
 
-def _compiled(**options: Any) -> Callable[[Any], Any]:
+def _compiled(function: Any, **options: Any) -> Any:
     """`numba.njit` that keeps what it has compiled for the next process, where there is a folder to keep it in."""
+    options |= {"nogil": True, "error_model": "numpy"}
+    try:
+        kernel = njit(cache=True, **options)(function)
+    except RuntimeError:  # no such folder
+        kernel = njit(**options)(function)
+    KERNELS.append(kernel)
+    return kernel
 
-    def decorate(function: Any) -> Any:
-        try:
-            kernel = njit(cache=True, nogil=True, error_model="numpy", **options)(function)
-        except RuntimeError:  # no such folder
-            kernel = njit(nogil=True, error_model="numpy", **options)(function)
-        KERNELS.append(kernel)
-        return kernel
 
-    return decorate
+# `arcp` lets a division by one number become a multiplication; nan and inf stay what they are
+_fast = partial(_compiled, fastmath={"reassoc", "contract", "arcp", "nsz"})
 
 
 def _to_pointer(context: Any, address: Any, like: Any) -> Any:
@@ -43,9 +43,6 @@ def _to_pointer(context: Any, address: Any, like: Any) -> Any:
         return builder.inttoptr(values[0], target.get_value_type(result))
 
     return result(types.int64, like), generate
-
-
-_pointer: Any = intrinsic(_to_pointer)
 
 
 def _same_bits(source: Any, result: Any) -> Any:
@@ -61,9 +58,8 @@ def _same_bits(source: Any, result: Any) -> Any:
     return cast
 
 
-_float32_of = _same_bits(types.uint32, types.float32)
-_float64_of = _same_bits(types.uint64, types.float64)
-_bits_of = _same_bits(types.float32, types.uint32)
+_pointer: Any = intrinsic(_to_pointer)
+_float32_of, _bits_of = _same_bits(types.uint32, types.float32), _same_bits(types.float32, types.uint32)
 
 
 def widen(value: Any) -> Any:
@@ -89,174 +85,98 @@ def _narrow(value: Any, like: Any, noise: Any) -> Any:
         return lambda value, like, noise: value
 
     def to_bfloat16(value: Any, like: Any, noise: Any) -> Any:
-        bits = _bits_of(value)
-        if bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
-            return np.uint16(0x7FC0)  # nan
-        if bits & np.uint32(0x7F800000) == np.uint32(0x7F800000):
-            return np.uint16(bits >> np.uint32(16))  # infinite
-        return np.uint16(np.uint32(bits + noise) >> np.uint32(16))
+        bits = _bits_of(value)  # the lower ones of an infinite number are zero, and stay alone
+        to_even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        upper = np.uint16((bits + (to_even if noise < 0 else np.uint32(noise))) >> np.uint32(16))
+        return upper if value == value else np.uint16(0x7FC0)
 
     return to_bfloat16
 
 
-def to_nearest(value: Any, like: Any) -> Any:
-    """The noise that rounds to the nearest bfloat16, to the even one of two."""
-    raise NotImplementedError
-
-
-@overload(to_nearest, strict=False)
-def _to_nearest(value: Any, like: Any) -> Any:
-    if isinstance(like.dtype, types.Float):
-        return lambda value, like: np.uint32(0)
-    return lambda value, like: np.uint32(0x7FFF) + ((_bits_of(value) >> np.uint32(16)) & np.uint32(1))
-
-
-def of_bits(value: Any, like: Any) -> Any:
-    """The number that has these bits, in the dtype of ``like``."""
-    raise NotImplementedError
-
-
-@overload(of_bits, strict=False)
-def _of_bits(value: Any, like: Any) -> Any:
-    if like.dtype == types.float64:
-        return lambda value, like: _float64_of(np.uint64(value))
-    if value.bitwidth == 32:
-        return lambda value, like: _float32_of(np.uint32(value))
-    return lambda value, like: widen(np.uint16(value))
-
-
-@_compiled()
+@_compiled
 def _scrambled(bits: Any) -> Any:
-    """Bits that look random: the last steps of MurmurHash3."""
+    """A number whose bits depend on all bits of another one (the last step of MurmurHash3)."""
     bits = np.uint32((bits ^ (bits >> np.uint32(16))) * np.uint32(0x85EBCA6B))
     bits = np.uint32((bits ^ (bits >> np.uint32(13))) * np.uint32(0xC2B2AE35))
     return np.uint32(bits ^ (bits >> np.uint32(16)))
 
 
-@_compiled()
-def _largest(bits: Array) -> Any:
-    """The bits of the largest number, signs left out: without them they are in the order of the numbers, nan on top."""
-    whole = bits.dtype.type
-    without_sign = whole(np.iinfo(bits.dtype).max)
-    largest = whole(0)
-    for index in range(bits.size):
-        largest = max(largest, whole(bits[index] & without_sign))
-    return largest
-
-
-@_compiled(fastmath=_FAST)
-def _square(values: Array, zero: Any) -> Any:
-    total = zero
-    for index in range(values.size):
-        value = widen(values[index])
-        total += value * value
-    return total
-
-
-@_compiled(fastmath=_FAST)
-def _clipped_square(values: Array, threshold: Any, ratio: Any, zero: Any) -> Any:
-    """Sum of squares after clipping, and how many entries were clipped."""
-    total, entries = zero, 0
-    for index in range(values.size):
-        value = widen(values[index])
-        is_spike = abs(value) > threshold
-        value = value * ratio if is_spike else value
-        entries += is_spike
-        total += value * value
-    return total, entries
-
-
-@_compiled()
-def _norm(values: Array, largest: Any, threshold: Any, ratio: Any, zero: Any) -> Any:
-    """The norm of a chunk after clipping and the number of clipped entries."""
-    if largest >= TINY or largest == 0:  # false for nan
-        if not largest > threshold:
-            return np.sqrt(np.float64(_square(values, zero))), 0
-        total, entries = _clipped_square(values, threshold, ratio, zero)
-        return np.sqrt(np.float64(total)), entries
-    square, entries, scale = 0.0, 0, np.float64(largest)
-    for index in range(values.size):
-        value = widen(values[index])
-        if abs(value) > threshold:
-            value = value * ratio
-            entries += 1
-        square += (value / scale) ** 2
-    return scale * np.sqrt(square), entries
-
-
 class Table(NamedTuple):
-    """Where the gradients are. A ``like`` is an empty array that tells a dtype."""
+    """How tensors are cut into chunks."""
 
-    grads: Array  # (tensors,) addresses
     sizes: Array  # (tensors,) entries
     first: Array  # (tensors,) the first chunk of each
     owners: Array  # (chunks,) the tensor of each chunk
-    like: Array
-    bits_like: Array  # signed integers of the same width
-    itemsize: int
 
 
-@_compiled()
-def _range(table: Table, chunk: int) -> tuple[int, int, int]:
-    """The tensor of a chunk, its first entry in it, and how many there are."""
+@_compiled
+def _entries(table: Table, chunk: int, addresses: Array, like: Array) -> Array:
+    """The entries of a chunk; there is one address per tensor."""
     owner = table.owners[chunk]
     start = (chunk - table.first[owner]) * CHUNK
-    return owner, start, min(CHUNK, table.sizes[owner] - start)
+    return carray(_pointer(addresses[owner] + start * like.itemsize, like), min(CHUNK, table.sizes[owner] - start))
 
 
-@_compiled()
-def _measure(
-    table: Table, chunk: int, threshold: Any, ratio: Any, again: bool, maxima: Array, norms: Array, entries: Array
+@_compiled
+def _largest(bits: Array) -> Any:
+    """The bits of the largest number, signs left out: without them they are in the order of the numbers, nan on top."""
+    whole = bits.dtype.type
+    largest = whole(0)
+    for index in range(bits.size):
+        largest = max(largest, whole(bits[index] & whole(np.iinfo(bits.dtype).max)))
+    return largest
+
+
+@_fast
+def _square(values: Array, zero: Any) -> Any:
+    """Sum of squares in the dtype of ``zero``."""
+    square = zero
+    for index in range(values.size):
+        value = zero + widen(values[index])
+        square += value * value
+    return square
+
+
+@_fast
+def _clipped_square(values: Array, threshold: Any, ratio: Any, zero: Any) -> Any:
+    """The same after clipping, and how many entries were clipped."""
+    square, entries = zero, 0
+    for index in range(values.size):
+        value = zero + widen(values[index])
+        is_spike = abs(value) > threshold
+        value = value * ratio if is_spike else value
+        entries += is_spike
+        square += value * value
+    return square, entries
+
+
+@_compiled
+def measure(chunks: Array, table: Table, grads: Array, like: Array, zero: Any, bits: Array, maxima: Array, sums: Array):
+    """The largest |entry| (its bits; ``bits`` is like those of an entry) and the sum of squares of each chunk."""
+    shift = 8 * (maxima.itemsize - bits.itemsize)
+    for chunk in chunks:
+        largest = _largest(_entries(table, chunk, grads, bits))
+        maxima[chunk] = maxima.dtype.type(largest) << shift
+        values = _entries(table, chunk, grads, like)
+        sums[chunk] = _square(values, zero)
+        if largest > 0 and not sums[chunk] > TINY:
+            sums[chunk] = _square(values, np.float64(0))
+
+
+@_compiled
+def measure_clipped(
+    chunks: Array, table: Table, grads: Array, like: Array, zero: Any, limits: Any, sums: Array, entries: Array
 ) -> None:
-    owner, start, size = _range(table, chunk)
-    address = table.grads[owner] + start * table.itemsize
-    if not again:
-        maxima[chunk] = of_bits(_largest(carray(_pointer(address, table.bits_like), size)), maxima)
-    values = carray(_pointer(address, table.like), size)
-    norms[chunk], entries[chunk] = _norm(values, maxima[chunk], threshold, ratio, maxima.dtype.type(0))
+    """The same after clipping for chunks that hold a spike, and how many; limits are T̂ and T̂/gmax of tensors."""
+    thresholds, ratios = limits
+    for chunk in chunks:
+        owner, values = table.owners[chunk], _entries(table, chunk, grads, like)
+        sums[chunk], entries[chunk] = _clipped_square(values, thresholds[owner], ratios[owner], zero)
+        if not sums[chunk] > TINY:
+            sums[chunk] = _clipped_square(values, thresholds[owner], ratios[owner], np.float64(0))[0]
 
 
-@_compiled()
-def measure(
-    start: int,
-    stop: int,
-    table: Table,
-    thresholds: Array,  # (tensors,)
-    ratios: Array,
-    again: bool,  # only the few chunks that hold a spike; the others keep what was found in them
-    maxima: Array,  # (chunks,) of the dtype of the statistics
-    norms: Array,  # (chunks,) float64
-    entries: Array,  # (chunks,) int64
-) -> None:
-    """The largest |entry| of each chunk, and its norm and number of clipped entries after clipping."""
-    for chunk in range(start, stop):
-        owner = table.owners[chunk]
-        if not again or maxima[chunk] > thresholds[owner]:
-            _measure(table, chunk, thresholds[owner], ratios[owner], again, maxima, norms, entries)
-
-
-@_compiled()
-def of_tensors(table: Table, chunk_max: Array, chunk_norm: Array, chunk_entries: Array, found: Array) -> None:
-    """Maxima, norms and counts of tensors, (3, tensors), from those of their chunks."""
-    found[:] = 0
-    for chunk in range(chunk_max.size):
-        owner, value = table.owners[chunk], chunk_max[chunk]
-        if value > found[0, owner] or value != value:
-            found[0, owner] = value
-        found[2, owner] += chunk_entries[chunk]
-    squares = np.zeros(found.shape[1])
-    for chunk in range(chunk_max.size):
-        squares[table.owners[chunk]] += (chunk_norm[chunk] / _scale(found[0, table.owners[chunk]])) ** 2
-    for owner in range(found.shape[1]):
-        found[1, owner] = _scale(found[0, owner]) * np.sqrt(squares[owner])
-
-
-@_compiled()
-def _scale(largest: Any) -> float:
-    return np.float64(largest) if 0 < largest < np.inf else 1.0
-
-
-@_compiled(fastmath=_FAST)
+@_fast
 def _update(
     param: Array, grad: Array, exp_avg: Array, exp_avg_sq: Array, by: Array, stochastic: bool, key: Any
 ) -> None:
@@ -268,92 +188,51 @@ def _update(
         first = keep * widen(exp_avg[index]) + enter * value
         second = keep_sq * widen(exp_avg_sq[index]) + enter_sq * value * value
         weight = widen(param[index]) * decay - size * first / (np.sqrt(second) + eps)
-        noise = to_nearest(weight, param)
-        if stochastic:
-            noise = _scrambled(np.uint32(index) ^ key) & np.uint32(0xFFFF)
+        noise = np.int32(_scrambled(np.uint32(index) ^ key) & np.uint32(0xFFFF)) if stochastic else NEAREST
         param[index] = narrow(weight, param, noise)
-        exp_avg[index] = narrow(first, exp_avg, to_nearest(first, exp_avg))
-        exp_avg_sq[index] = narrow(second, exp_avg_sq, to_nearest(second, exp_avg_sq))
+        exp_avg[index] = narrow(first, exp_avg, NEAREST)
+        exp_avg_sq[index] = narrow(second, exp_avg_sq, NEAREST)
 
 
-@_compiled()
-def _update_chunk(
-    table: Table,
-    chunk: int,
-    others: Array,
-    likes: Any,
-    sizes: Any,
-    by: Array,
-    stochastic: bool,
-    key: Any,
-) -> None:
-    owner, start, size = _range(table, chunk)
-    _update(
-        carray(_pointer(others[0, owner] + start * sizes[0], likes[0]), size),
-        carray(_pointer(table.grads[owner] + start * table.itemsize, table.like), size),
-        carray(_pointer(others[1, owner] + start * sizes[1], likes[1]), size),
-        carray(_pointer(others[2, owner] + start * sizes[1], likes[1]), size),
-        *(by[owner], stochastic, key),
-    )
+@_compiled
+def update(chunks: Array, table: Table, addresses: Array, likes: Any, by: Array, stochastic: bool, seed: int) -> None:
+    """Clip, normalise, reset and AdamW, by the `Coefficients` of tensors (tensors, 10).
+
+    There are addresses of weights, gradients, M and V, (4, tensors), and a ``like`` of weights, gradients and moments.
+    """
+    for chunk in chunks:
+        _update(
+            _entries(table, chunk, addresses[0], likes[0]),
+            _entries(table, chunk, addresses[1], likes[1]),
+            _entries(table, chunk, addresses[2], likes[2]),
+            _entries(table, chunk, addresses[3], likes[2]),
+            *(by[table.owners[chunk]], stochastic, _scrambled(np.uint32(chunk) ^ np.uint32(seed))),
+        )
 
 
-@_compiled()
-def update(
-    start: int,  # the first chunk of this thread's share
-    stop: int,
-    table: Table,
-    others: Array,  # (3, tensors): addresses of weights, M, V
-    likes: tuple[Array, Array],  # of weights and moments
-    itemsizes: tuple[int, int],
-    finite: Array,  # (tensors,) bool: what is not is not touched
-    by: Array,  # (tensors, 10), `formulas.Coefficients`
-    stochastic: bool,
-    seed: int,
-) -> None:
-    """Clip, normalise, reset and AdamW."""
-    for chunk in range(start, stop):
-        if finite[table.owners[chunk]]:
-            key = _scrambled(np.uint32(chunk) ^ np.uint32(seed))
-            _update_chunk(table, chunk, others, likes, itemsizes, by, stochastic, key)
-
-
-@_compiled(fastmath=_FAST)
-def _rescale(new: Array, grad: Array, threshold: Any, ratio: Any, factor: Any) -> None:
+@_fast
+def _rescale(new: Array, grad: Array, by: Array) -> None:
+    threshold, ratio, factor = by[0], by[1], by[2]
     for index in range(grad.size):
         value = widen(grad[index])
         value = (value * ratio if abs(value) > threshold else value) * factor
-        new[index] = narrow(value, new, to_nearest(value, new))
+        new[index] = narrow(value, new, NEAREST)
 
 
-@_compiled()
-def _rescale_chunk(table: Table, chunk: int, new: Array, finite: Array, by: Array) -> None:
-    owner, start, size = _range(table, chunk)
-    target = carray(_pointer(new[owner] + start * table.itemsize, table.like), size)
-    if finite[owner]:
-        grad = carray(_pointer(table.grads[owner] + start * table.itemsize, table.like), size)
-        _rescale(target, grad, by[owner, 0], by[owner, 1], by[owner, 2])
-    else:
-        target[:] = 0
+@_compiled
+def rescale(chunks: Array, table: Table, new: Array, grads: Array, like: Array, by: Array) -> None:
+    """Clip and normalise into the memory at the addresses in ``new``."""
+    for chunk in chunks:
+        _rescale(_entries(table, chunk, new, like), _entries(table, chunk, grads, like), by[table.owners[chunk]])
 
 
-@_compiled()
-def rescale(start: int, stop: int, table: Table, new: Array, finite: Array, by: Array) -> None:
-    """Clip and normalise into the memory at the addresses in ``new``; zeros for what is not finite."""
-    for chunk in range(start, stop):
-        _rescale_chunk(table, chunk, new, finite, by)
-
-
-@_compiled()
-def read_numbers(addresses: Array, vectors: Array) -> None:
-    """Copy the numbers at the addresses (rows, tensors) into vectors of their dtype."""
+@_compiled
+def copy_numbers(addresses: Array, like: Array, vectors: Array, back: bool) -> None:
+    """Copy the numbers at addresses (rows, tensors) into vectors, or back."""
     for row in range(addresses.shape[0]):
         for owner in range(addresses.shape[1]):
-            vectors[row, owner] = carray(_pointer(addresses[row, owner], vectors), 1)[0]
-
-
-@_compiled()
-def write_numbers(addresses: Array, vectors: Array) -> None:
-    """The other way round."""
-    for row in range(addresses.shape[0]):
-        for owner in range(addresses.shape[1]):
-            carray(_pointer(addresses[row, owner], vectors), 1)[0] = vectors[row, owner]
+            number = carray(_pointer(addresses[row, owner], like), 1)
+            if back:
+                number[0] = vectors[row, owner]
+            else:
+                vectors[row, owner] = number[0]

@@ -5,22 +5,15 @@ shards, and what it found travels stacked: one maximum (AdaClip's threshold need
 norm of the clipped gradient) serve all tensors of the step.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_stablespam._sharded import all_reduce, is_sharded, layout, local, sharing
 from hf_stablespam.optim.formulas import scale_of
 from hf_stablespam.optim.plan import Batch, Clipped, Measured
-
-
-class _Processes(NamedTuple):
-    """A process group, and which of the step's tensors are sharded over it."""
-
-    group: dist.ProcessGroup
-    device: str  # where the group's backend wants its tensors
-    tensors: list[int]
 
 
 class Meshes:
@@ -38,88 +31,51 @@ class Meshes:
     """
 
     def __init__(self, params: list[list[Any]]) -> None:
-        self.processes = _processes([param for part in params for param in part])
+        everyone = [param for part in params for param in part]
+        layouts = [layout(param) for param in everyone]
+        for param, one in zip(everyone, layouts, strict=True):
+            for placement in one.placements if one else ():
+                if placement.is_partial():
+                    raise ValueError(
+                        f"parameters must be sharded or replicated, got {placement} on {param.device_mesh} for a "
+                        f"parameter of shape {tuple(param.shape)}; redistribute it with Shard or Replicate"
+                    )
+        self.processes = sharing(layouts)
 
     def whole_maxima(self, measured: list[Measured]) -> list[Measured]:
         """The largest entries of whole tensors; norms are still those of the shards."""
         if not self.processes:
             return measured
-        rows = []
-        for seen in measured:  # a backend's MAX may lose nan
-            is_nan = seen.grad_max.isnan()
-            rows.append(torch.stack([seen.grad_max.masked_fill(is_nan, 0), is_nan.to(seen.grad_max)]))
-        largest = self._all_reduce(rows, dist.ReduceOp.MAX)
-        return [
-            Measured(grad_max.masked_fill(is_nan > 0, torch.nan), seen.norm)
-            for (grad_max, is_nan), seen in zip(largest, measured, strict=True)
-        ]
+        maxima = _together([seen.grad_max for seen in measured])
+        is_nan = maxima.isnan()  # which a backend's MAX may lose
+        both = torch.stack([maxima.masked_fill(is_nan, 0), is_nan.to(maxima)])
+        all_reduce(both, self.processes, dist.ReduceOp.MAX)
+        whole = both[0].masked_fill(both[1] > 0, torch.nan).split([len(seen.norm) for seen in measured])
+        return [Measured(part.to(seen.norm), seen.norm) for part, seen in zip(whole, measured, strict=True)]
 
     def whole_norms(self, measured: list[Measured], clipped: list[Clipped]) -> tuple[list[Measured], list[Clipped]]:
         """Norms before and after clipping, and counts of clipped entries, of whole tensors."""
         if not self.processes:
             return measured, clipped
-        rows, scales = [], [scale_of(seen.grad_max) for seen in measured]
-        for seen, rest, scale in zip(measured, clipped, scales, strict=True):
-            squares = [(norm / scale).square() for norm in (seen.norm, rest.norm)]
-            rows.append(torch.stack([*squares, rest.entries.to(scale)]))
-        sums = self._all_reduce(rows, dist.ReduceOp.SUM)
-        for index, (scale, (square, clipped_square, entries)) in enumerate(zip(scales, sums, strict=True)):
-            measured[index] = measured[index]._replace(norm=scale * square.sqrt())
-            clipped[index] = Clipped(scale * clipped_square.sqrt(), entries)
-        return measured, clipped
-
-    def _all_reduce(self, rows: list[Tensor], op: Any) -> list[Tensor]:
-        """Reduce the columns of matrices, one column per tensor, each over the processes that share its tensor."""
-        columns = [column for matrix in rows for column in matrix.unbind(1)]
-        for group, device, tensors in self.processes:
-            together = torch.stack([columns[index].to(device) for index in tensors], dim=1)
-            dist.all_reduce(together, op, group=group)
-            for index, column in zip(tensors, together.unbind(1), strict=True):
-                columns[index] = column.to(columns[index])
-        rest = iter(columns)
-        return [torch.stack([next(rest) for _ in range(matrix.shape[1])], dim=1) for matrix in rows]
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a `DTensor` (told without the import, which costs a second where nobody shards)."""
-    return hasattr(tensor, "device_mesh")
+        scale = scale_of(_together([seen.grad_max for seen in measured]))
+        squares = [(_together([seen.norm for seen in found]) / scale).square() for found in (measured, clipped)]
+        sums = torch.stack([*squares, _together([rest.entries for rest in clipped]).to(scale)])
+        all_reduce(sums, self.processes, dist.ReduceOp.SUM)
+        sums[:2] = sums[:2].sqrt() * scale
+        whole = sums.split([len(seen.norm) for seen in measured], dim=1)
+        pairs = [(seen, part.to(seen.norm)) for seen, part in zip(measured, whole, strict=True)]
+        return [seen._replace(norm=part[0]) for seen, part in pairs], [Clipped(*part[1:]) for _, part in pairs]
 
 
 def local_batch(batch: Batch) -> Batch:
     """This process's part of each tensor."""
     if not any(is_sharded(param) for param in batch.params):
         return batch
-    grads = [_like(grad, param) for param, grad in zip(batch.params, batch.grads, strict=True)]
-    states = [{name: _local(value) for name, value in state.items()} for state in batch.states]
-    return Batch([_local(param) for param in batch.params], [_local(grad) for grad in grads], states)
+    layouts = [layout(param) for param in batch.params]
+    params, grads = ([local(*pair) for pair in zip(column, layouts, strict=True)] for column in batch[:2])
+    states = [{name: local(value, layout(value)) for name, value in state.items()} for state in batch.states]
+    return Batch(params, grads, states)
 
 
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if is_sharded(tensor) else tensor
-
-
-def _like(grad: Any, param: Any) -> Any:
-    """The gradient laid out as the parameter: a replicated weight may get partial sums under tensor parallelism."""
-    if not is_sharded(param) or grad.placements == param.placements:
-        return grad
-    return grad.redistribute(param.device_mesh, param.placements)
-
-
-def _processes(params: list[Any]) -> list[_Processes]:
-    """The process groups to reduce over, in the order of first appearance: the same on every process."""
-    found: dict[tuple[int, ...], _Processes] = {}
-    for index, param in enumerate(params):
-        if not is_sharded(param):
-            continue
-        mesh = param.device_mesh
-        for dim, placement in enumerate(param.placements):
-            if placement.is_partial():
-                raise ValueError(
-                    f"parameters must be sharded or replicated, got {placement} on dimension {dim} of {mesh} for a "
-                    f"parameter of shape {tuple(param.shape)}; redistribute it with Shard or Replicate"
-                )
-            if not placement.is_replicate() and mesh.size(dim) > 1:
-                group = mesh.get_group(dim)
-                ranks = tuple(dist.get_process_group_ranks(group))
-                found.setdefault(ranks, _Processes(group, mesh.device_type, [])).tensors.append(index)
-    return list(found.values())
+def _together(vectors: list[Tensor]) -> Tensor:
+    return torch.cat([vector.to(vectors[0].device) for vector in vectors])

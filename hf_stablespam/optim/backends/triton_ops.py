@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_stablespam.optim.backends import triton_kernels as kernels
-from hf_stablespam.optim.backends.base import Backend
-from hf_stablespam.optim.formulas import scale_of
+from hf_stablespam.optim.backends.base import Backend, norms_of_tensors, of_tensors
 from hf_stablespam.optim.plan import MOMENTS, Batch, Clipped, Clipping, Measured, Options, Plan
 
 
@@ -40,72 +39,51 @@ _SIZES, _ADDRESSES = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 class TritonOps(Backend):
     """Tables of addresses for `triton_kernels`."""
 
+    label = "Triton's kernels"
+
     def __init__(self, batch: Batch, options: Options) -> None:
         super().__init__(batch, options)
         self.device = batch.params[0].device
-        self.on_device: Any = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-        moments = [
-            [state.get(name, grad) for state, grad in zip(batch.states, batch.grads, strict=True)] for name in MOMENTS
-        ]
+        pairs = list(zip(batch.states, batch.grads, strict=True))
+        moments = [[state.get(name, grad) for state, grad in pairs] for name in MOMENTS]
         self.columns = [batch.params, batch.grads, *moments]
         self.tables, self.addresses = _sizes_of(batch.params), _addresses_of(self.columns)
-        self.where = (self.tables.owners, self.tables.starts, self.tables.sizes)
-        self.grid = (len(self.tables.owners),)
-        self.chunk_max = torch.empty(self.grid, dtype=torch.float32, device=self.device)
-        self.chunk_norm = torch.empty_like(self.chunk_max)
+        self.where = self.tables.owners, self.tables.starts, self.tables.sizes
+        self.chunk_max, self.chunk_norm = torch.empty(2, len(self.tables.owners), device=self.device)
 
     def measure(self) -> Measured:
-        with self.on_device:
-            kernels.measure[self.grid](
-                *(self.addresses[1], self.batch.grads[0], *self.where, self.chunk_max, self.chunk_norm),
-                BLOCK=kernels.BLOCK,
-            )
-        grad_max = self._of_tensors(self.chunk_max, "max")
-        return Measured(grad_max, self._norms(self.chunk_norm, grad_max))
+        self._run(kernels.measure, self.addresses[1], self.batch.grads[0], *self.where, self.chunk_max, self.chunk_norm)
+        grad_max = of_tensors(self.chunk_max, "max", self.tables.counts)
+        return Measured(grad_max, norms_of_tensors(self.chunk_norm, self.tables.owners, grad_max, self.tables.counts))
 
     def measure_clipped(self, measured: Measured, clipping: Clipping) -> Clipped:
-        if not self.clips:
-            return self.unclipped(measured)
         norms, entries = self.chunk_norm.clone(), torch.zeros_like(self.chunk_norm)
-        with self.on_device:
-            kernels.measure_clipped[self.grid](
-                *(self.addresses[1], self.batch.grads[0], *self.where, self.chunk_max),
-                *(clipping.threshold, clipping.ratio, norms, entries),
-                BLOCK=kernels.BLOCK,
-            )
-        return Clipped(self._norms(norms, measured.grad_max), self._of_tensors(entries, "sum"))
+        grads = self.addresses[1], self.batch.grads[0], *self.where, self.chunk_max
+        self._run(kernels.measure_clipped, *grads, clipping.threshold, clipping.ratio, norms, entries)
+        norm = norms_of_tensors(norms, self.tables.owners, measured.grad_max, self.tables.counts)
+        return Clipped(norm, of_tensors(entries, "sum", self.tables.counts))
 
     def update(self, plan: Plan) -> None:
         stochastic = self.options["stochastic_rounding"] and self.batch.params[0].dtype == torch.bfloat16
         seed = torch.randint(1 << 31, (1,), device=self.device) if stochastic else self.tables.counts
-        likes = [column[0] for column in self.columns[:3]]
-        with self.on_device:
-            kernels.update[self.grid](
-                *(*self.addresses.unbind(), *likes, *self.where),
-                *(plan.finite.to(torch.float32), torch.stack(plan.by, dim=1), seed),
-                BLOCK=kernels.BLOCK,
-                STOCHASTIC=stochastic,
-            )
+        likes, numbers = [column[0] for column in self.columns[:3]], (*_numbers(plan), seed)
+        self._run(kernels.update, *self.addresses.unbind(), *likes, *self.where, *numbers, STOCHASTIC=stochastic)
         torch.autograd.graph.increment_version(self.batch.params)
 
     def rescale(self, plan: Plan) -> list[Tensor]:
         new = [torch.empty_like(grad) for grad in self.batch.grads]
         targets = torch.tensor([grad.data_ptr() for grad in new], dtype=torch.int64).to(self.device, non_blocking=True)
-        with self.on_device:
-            kernels.rescale[self.grid](
-                *(targets, self.addresses[1], new[0], *self.where),
-                *(plan.finite.to(torch.float32), torch.stack(plan.by, dim=1)),
-                BLOCK=kernels.BLOCK,
-            )
+        self._run(kernels.rescale, targets, self.addresses[1], new[0], *self.where, *_numbers(plan))
         return new
 
-    def _of_tensors(self, chunks: Tensor, reduce: str) -> Tensor:
-        return torch.segment_reduce(chunks, reduce, lengths=self.tables.counts, unsafe=True, initial=0)
+    def _run(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
+        """One program for each chunk, on the device of the tensors, which need not be the current one."""
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            kernel[(len(self.tables.owners),)](*arguments, BLOCK=kernels.BLOCK, **constants)
 
-    def _norms(self, chunk_norm: Tensor, grad_max: Tensor) -> Tensor:
-        """Norms of tensors from those of their chunks, scaled so that squares stay in range."""
-        scale = scale_of(grad_max)
-        return scale * self._of_tensors((chunk_norm / scale[self.tables.owners]).square(), "sum").sqrt()
+
+def _numbers(plan: Plan) -> tuple[Tensor, Tensor]:
+    return plan.finite.to(torch.float32), torch.stack(plan.by, dim=1)
 
 
 def _sizes_of(params: list[Tensor]) -> Sizes:

@@ -39,17 +39,9 @@ def projected_shape(shape: torch.Size, rank: int, proj_type: str) -> torch.Size:
 
 
 def principal_directions(grad: Tensor, rank: int, proj_type: str) -> tuple[Tensor | None, Tensor | None]:
-    """The directions in which a gradient is largest, from its singular value decomposition in float32.
+    """The directions in which a finite gradient is largest, from its singular value decomposition in float32.
 
-    ``G = U·S·Vᵀ``; ``L = U[:, :r]``, ``P = Vᵀ[:r, :]``
-
-    Args:
-        grad: ``G``, (m, n), finite.
-        rank: ``r``, directions to keep, at most ``min(m, n)``.
-        proj_type: which sides, see `projected_sides`.
-
-    Returns:
-        ``L`` (m, r) and ``P`` (r, n) in float32; ``None`` for a side that is not projected.
+    ``G = U·S·Vᵀ``; ``L = U[:, :r]`` (m, r), ``P = Vᵀ[:r, :]`` (r, n); ``None`` for a side that is not projected.
     """
     left, right = projected_sides(grad.shape, proj_type)
     u, _, vh = torch.linalg.svd(grad.to(torch.float32), full_matrices=False)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_stablespam._sharded import is_sharded
 from hf_stablespam.optim.formulas import is_usable, safe_norm
 from hf_stablespam.optim.galore.projection import (
     principal_directions,
@@ -43,14 +44,10 @@ class Projected(NamedTuple):
 
 
 def is_target(param: Tensor, options: Options) -> bool:
-    """Whether a parameter is projected: a matrix in a group with a rank.
-
-    Raises:
-        ValueError: for a sharded one, whose singular value decomposition no process could take alone.
-    """
+    """Whether a parameter is projected: a matrix in a group with a rank."""
     if options["rank"] is None or param.dim() != 2:
         return False
-    if hasattr(param, "device_mesh"):
+    if is_sharded(param):  # no process could take its singular value decomposition alone
         raise ValueError(
             f"rank must be None for a sharded parameter (DTensor), got {options['rank']} for one of shape "
             f"{tuple(param.shape)}; train with DDP"
@@ -94,21 +91,18 @@ def split_projected(batch: Batch, options: Options) -> tuple[Batch, Projected | 
 
 
 def apply_updates(projections: list[Projected], results: list[Result]) -> list[Result]:
-    """Add the updates of the projections to the weights, and give the statistics to these.
-
-    Args:
-        projections: from `split_projected`, after their ``low`` went through the step.
-        results: the statistics of this step.
-    """
+    """Add the updates of projections, whose ``low`` went through the step, to the weights; these get the statistics."""
     matrices = {id(low): (one, index) for one in projections for index, low in enumerate(one.low.params)}
     renamed = []
     for params, statistics in results:
-        owners = [matrices.get(id(param)) for param in params]
-        for found, bad in zip(owners, statistics["nonfinite"].unbind(), strict=True):
-            if found is not None:
-                _apply(*found, bad)
-        new = [one[0].batch.params[one[1]] if one else param for one, param in zip(owners, params, strict=True)]
-        renamed.append(Result(new, statistics))
+        owners = []
+        for param, bad in zip(params, statistics["nonfinite"].unbind(), strict=True):
+            if found := matrices.get(id(param)):
+                one, index = found
+                param = one.batch.params[index]
+                _apply(one, index, bad)
+            owners.append(param)
+        renamed.append(Result(owners, statistics))
     return renamed
 
 
@@ -153,14 +147,13 @@ def _advance(grad: Tensor, usable: Tensor, state: State, options: Options) -> No
             clear(state[name])
 
 
-def warn_of_clamped_rank(params: list[Any], rank: int) -> None:
+def warn_of_clamped_rank(group: Options) -> None:
     """One line for all matrices of a group that have no such rank."""
-    clamped = [tuple(param.shape) for param in params if param.dim() == 2 and min(param.shape) < rank]
+    shapes = [tuple(param.shape) for param in group["params"] if param.dim() == 2]
+    clamped = [shape for shape in shapes if min(shape) < (group["rank"] or 0)]
     if clamped:
         logger.warning(
             "rank=%d is above the smaller side of %d of the group's matrices, such as %s: "
             "they are projected to that side's full length, which saves nothing",
-            rank,
-            len(clamped),
-            clamped[0],
+            *(group["rank"], len(clamped), clamped[0]),
         )

@@ -1,5 +1,6 @@
 """SPAM, which Stable-SPAM came from: Adam with clipped spikes and reset momentum, also sparse."""
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -8,12 +9,30 @@ from torch.optim.optimizer import ParamsT
 
 from hf_stablespam.optim.base import MeasuringOptimizer
 from hf_stablespam.optim.options import SPAM as OPTIONS
-from hf_stablespam.optim.options import check_dense, check_options
-from hf_stablespam.optim.plan import Result, State
+from hf_stablespam.optim.options import check_gradient
+from hf_stablespam.optim.plan import MOMENTS, Result, State
 from hf_stablespam.optim.spam.update import spam_step
 from hf_stablespam.optim.state.sparse_mask import draw_mask, empty_mask, kept_entries
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+def fresh_spam_state(param: Tensor, group: dict[str, Any]) -> State:
+    """Two counters on the CPU (read by the host), one beside the moments; moments in the parameter's dtype."""
+    state = {name: torch.zeros((), dtype=torch.float32) for name in ("step", "resets")}
+    state["moment_step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+    if group["density"] < 1 and param.dim() == 2:
+        state["mask"] = empty_mask(param.numel(), param.device)
+        kept = kept_entries(param.numel(), group["density"])
+        return state | {name: torch.zeros(kept, dtype=param.dtype, device=param.device) for name in MOMENTS}
+    return state | {name: torch.zeros_like(param, memory_format=torch.preserve_format) for name in MOMENTS}
+
+
+def check_names(index: Any, fresh: State, saved: State) -> None:
+    """Raise a ValueError for a saved state of one parameter that lacks what the next step needs."""
+    if missing := [name for name in fresh if name not in saved]:
+        raise ValueError(
+            f"the state of parameter {index} must hold {', '.join(fresh)}, but lacks {', '.join(missing)}; "
+            "it was saved by another optimizer: begin a new run from the weights"
+        )
 
 
 class SPAM(MeasuringOptimizer):
@@ -67,6 +86,10 @@ class SPAM(MeasuringOptimizer):
         torch.Size([8])
     """
 
+    table = OPTIONS
+    _fresh_state = staticmethod(fresh_spam_state)
+    _check_saved = staticmethod(check_names)
+
     def __init__(
         self,
         params: ParamsT,
@@ -86,22 +109,9 @@ class SPAM(MeasuringOptimizer):
         given = locals()
         super().__init__(params, {name: given[name] for name in OPTIONS})
 
-    def _check_options(self, options: dict[str, Any]) -> None:
-        check_options(OPTIONS, options)
-
-    def _fresh_state(self, param: Tensor, group: dict[str, Any]) -> State:
-        return fresh_spam_state(param, group)
-
-    def _check_saved(self, index: Any, fresh: State, saved: dict[str, Any]) -> None:
-        if missing := [name for name in fresh if name not in saved]:
-            raise ValueError(
-                f"the state of parameter {index} must hold {', '.join(fresh)}, but lacks {', '.join(missing)}; "
-                "it was saved by another optimizer: begin a new run from the weights"
-            )
-
     def _update(self) -> list[Result]:
-        for group in self.param_groups:
-            check_gradients(group)
+        for param in (param for group in self.param_groups for param in group["params"]):
+            check_gradient(param, "SPAM")
         results = []
         for group in self.param_groups:
             for param in group["params"]:
@@ -136,7 +146,7 @@ class SPAM(MeasuringOptimizer):
 
     def _reset(self, param: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
-        for name in (*_MOMENTS, "moment_step"):
+        for name in (*MOMENTS, "moment_step"):
             state[name].zero_()
         state["resets"] += 1
         self._redraw(param, group)
@@ -145,32 +155,7 @@ class SPAM(MeasuringOptimizer):
         """A new subset, which depends on the seed, the parameter's place and the resets so far, and so resumes."""
         state = self.state[param]
         if "mask" in state:
-            place = next(index for index, other in enumerate(self._params()) if other is param)
+            params = chain.from_iterable(group["params"] for group in self.param_groups)
+            place = next(index for index, other in enumerate(params) if other is param)
             seed = (group["seed"] * 1_000_003 + place) * 1_000_003 + int(state["resets"])
             state["mask"].copy_(draw_mask(param.numel(), group["density"], seed % 2**63, param.device))
-
-
-def fresh_spam_state(param: Tensor, group: dict[str, Any]) -> State:
-    """Two counters on the CPU (read by the host), one beside the moments; moments in the parameter's dtype."""
-    state = {name: torch.zeros((), dtype=torch.float32) for name in ("step", "resets")}
-    state["moment_step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-    if group["density"] < 1 and param.dim() == 2:
-        state["mask"] = empty_mask(param.numel(), param.device)
-        kept = kept_entries(param.numel(), group["density"])
-        return state | {name: torch.zeros(kept, dtype=param.dtype, device=param.device) for name in _MOMENTS}
-    return state | {name: torch.zeros_like(param, memory_format=torch.preserve_format) for name in _MOMENTS}
-
-
-def check_gradients(group: dict[str, Any]) -> None:
-    """Gradients must be dense and parameters whole.
-
-    Raises:
-        ValueError: for the first that is not.
-    """
-    for param in group["params"]:
-        check_dense(param)
-        if param.grad is not None and hasattr(param, "device_mesh"):
-            raise ValueError(
-                f"SPAM needs whole parameters, got a sharded one (DTensor) of shape {tuple(param.shape)}; "
-                "train with DDP, or use StableSPAM"
-            )

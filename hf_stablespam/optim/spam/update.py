@@ -1,26 +1,21 @@
 """One step of SPAM for one tensor: the spike-aware clipping, the warm-up and the sparse update, as functions."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_stablespam.optim.formulas import Coefficients, adam_, adam_sizes, is_usable, safe_norm
+from hf_stablespam.optim.plan import MOMENTS, Options, State
 from hf_stablespam.optim.state.sparse_mask import mask_indices
 
-State = dict[str, Tensor]
 _SMALLEST_WARMUP = 0.01
 
 
 def clip_to_history(grad: Tensor, exp_avg_sq: Tensor, threshold: float, active: Tensor) -> tuple[Tensor, Tensor]:
     """SPAM's clipping: ``g_i ← sign(g_i)·√(θ·V_i)`` where ``g_i² > θ·V_i``.
 
-    Args:
-        grad: ``g``, any shape.
-        exp_avg_sq: ``V`` before this step, shaped like ``grad``; where it is 0 there is no history and no clipping.
-        threshold: ``θ``.
-        active: bool, 0-dimensional; where false nothing is clipped.
+    ``V`` is that before this step; where it is 0 there is no history and no clipping, nor where ``active`` is false.
 
     Returns:
         The clipped gradient (a new tensor), and the number of clipped entries.
@@ -50,10 +45,8 @@ def warmup_factor(moment_step: Tensor, warmup_steps: int) -> Tensor:
     return 1 - (1 - _SMALLEST_WARMUP) * (1 + cosine) / 2
 
 
-def spam_step(param: Tensor, grad: Tensor, state: State, options: dict[str, Any], warms_up: bool) -> State:
-    """Update a parameter and its state in place; return the statistics of the step.
-
-    A gradient whose squared norm is not finite changes nothing.
+def spam_step(param: Tensor, grad: Tensor, state: State, options: Options, warms_up: bool) -> dict[str, Tensor]:
+    """Update a parameter and its state in place; a gradient whose squared norm is not finite changes nothing.
 
     Args:
         param: ``w``, any shape.
@@ -70,22 +63,33 @@ def spam_step(param: Tensor, grad: Tensor, state: State, options: dict[str, Any]
     grad_max = grad.abs().amax()
     grad_norm = safe_norm(grad, grad_max)
     finite = is_usable(grad_norm)
-    flat = param.view(-1) if param.is_contiguous() else param.reshape(-1).clone()
-    kept = mask_indices(state["mask"], param.numel(), options["density"]) if "mask" in state else None
-    weight = param if kept is None else flat.index_select(0, kept)
-    if kept is not None:
-        grad = grad.reshape(-1).index_select(0, kept)
+    old, kept = param, None
+    if "mask" in state:
+        kept = mask_indices(state["mask"], param.numel(), options["density"])
+        old, grad = (tensor.reshape(-1).index_select(0, kept) for tensor in (param, grad))
 
-    new, updated, clipped, norm = _adam(weight.to(precise, copy=True), grad, grad_max, state, options, warms_up)
-    for name, value in new.items():
+    lr, (beta1, beta2), k = options["lr"], options["betas"], state["moment_step"] + 1
+    weight = old.to(precise, copy=True)
+    exp_avg, exp_avg_sq = (state[name].to(precise, copy=True) for name in MOMENTS)
+    clipped = torch.zeros_like(grad_max)
+    if options["threshold"] is not None:
+        grad, clipped = clip_to_history(grad, exp_avg_sq, options["threshold"], k > options["clip_delay"])
+    size, eps = adam_sizes(lr, options["betas"], k.to(precise), options["eps"])
+    if warms_up:
+        size = size * warmup_factor(k.to(precise), options["warmup_steps"])
+    decay, betas = 1 - lr * options["weight_decay"], (beta1, 1 - beta1, beta2, 1 - beta2)
+    adam_(weight, grad, exp_avg, exp_avg_sq, Coefficients(math.inf, 1.0, 1.0, *betas, size, decay, eps))
+
+    for name, value in (("moment_step", k), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         state[name].copy_(torch.where(finite, value.to(state[name].dtype), state[name]))
-    updated = torch.where(finite, updated.to(param.dtype), weight)
+    weight = torch.where(finite, weight.to(param.dtype), old)
     if kept is None:
-        param.copy_(updated)
+        param.copy_(weight)
+    elif param.is_contiguous():
+        param.view(-1).index_copy_(0, kept, weight)
     else:
-        flat.index_copy_(0, kept, updated)
-        if not param.is_contiguous():
-            param.copy_(flat.view(param.shape))
+        param.copy_(param.reshape(-1).index_copy(0, kept, weight).view(param.shape))
+    norm = safe_norm(grad, grad_max)
     return {
         "grad_norm": grad_norm,
         "grad_max": grad_max,
@@ -95,30 +99,3 @@ def spam_step(param: Tensor, grad: Tensor, state: State, options: dict[str, Any]
         "stable_norm": norm,
         "nonfinite": (~finite).to(norm.dtype),
     }
-
-
-def _adam(
-    weight: Tensor, grad: Tensor, grad_max: Tensor, state: State, options: dict[str, Any], warms_up: bool
-) -> tuple[State, Tensor, Tensor, Tensor]:
-    """The new moments with their count, the new weight, the number of clipped entries, the norm after clipping."""
-    lr, (beta1, beta2), threshold = options["lr"], options["betas"], options["threshold"]
-    exp_avg, exp_avg_sq = (state[name].to(grad.dtype, copy=True) for name in ("exp_avg", "exp_avg_sq"))
-    k = state["moment_step"] + 1
-    clipped, one = torch.zeros_like(grad_max), torch.ones_like(grad_max)
-    if threshold is not None:
-        grad, clipped = clip_to_history(grad, exp_avg_sq, threshold, k > options["clip_delay"])
-    size, eps = adam_sizes(lr, options["betas"], k.to(grad.dtype), options["eps"])
-    by = Coefficients(
-        threshold=one * torch.inf,
-        ratio=one,
-        factor=one,
-        keep=beta1 * one,
-        enter=(1 - beta1) * one,
-        keep_sq=beta2 * one,
-        enter_sq=(1 - beta2) * one,
-        size=size * (warmup_factor(k.to(grad.dtype), options["warmup_steps"]) if warms_up else one),
-        decay=(1 - lr * options["weight_decay"]) * one,
-        eps=eps,
-    )
-    adam_(weight, grad, exp_avg, exp_avg_sq, by)
-    return {"moment_step": k, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, weight, clipped, safe_norm(grad, grad_max)

@@ -1,6 +1,5 @@
 """AdaClip and AdaGN in front of any torch optimizer, through the hooks that every optimizer has."""
 
-from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -9,9 +8,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from hf_stablespam.optim.base import ordered
-from hf_stablespam.optim.options import STABLE_SPAM, check_dense, check_options
+from hf_stablespam.optim.options import STABLE_SPAM, check_gradient, check_options
 from hf_stablespam.optim.plan import Batch, Result, State
-from hf_stablespam.optim.state.fresh import COUNTERS, TRACKERS
+from hf_stablespam.optim.state.fresh import fresh_trackers
 from hf_stablespam.optim.step import rescale
 
 _TRACKERS = ("step", "clip_max", "norm_mean", "norm_sq")  # what is saved; the others say nothing without moments
@@ -83,8 +82,7 @@ class Stabilizer:
     """What `stabilize` puts in front of an optimizer: the hooks, the trackers, and the way to remove them."""
 
     def __init__(self, optimizer: Optimizer, options: dict[str, Any]) -> None:
-        self._optimizer = optimizer
-        self._options = options
+        self._optimizer, self._options = optimizer, options
         self._trackers: dict[Tensor, State] = {}
         self._last_step: list[Result] = []
         self._found: dict[Tensor, Tensor] = {}  # the gradients as they came, while the optimizer steps
@@ -127,32 +125,27 @@ class Stabilizer:
         if not callable(closure):
             self._replace_gradients()
             return None
-        # The gradients come into being inside the step.
-        kwargs = {**kwargs, "closure": self._then_replace(closure)}
-        return args[:1] + args[2:], kwargs
 
-    def _then_replace(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        def stabilized_closure() -> Any:
+        def stabilized_closure() -> Any:  # the gradients come into being inside the step
             loss = closure()
             self._replace_gradients()
             return loss
 
-        return stabilized_closure
+        return args[:1] + args[2:], {**kwargs, "closure": stabilized_closure}
 
     @torch.no_grad()
     def _replace_gradients(self) -> None:
         self._adopt_loaded()
-        self._last_step, self._found = [], {}
-        params = [param for param in self._params() if param.grad is not None and param.numel() > 0]
+        self._last_step, batch = [], Batch([], [], [])
+        params = self._params()
         for param in params:
-            _check_gradient(param)
-        batch = Batch(params, [], [])
+            check_gradient(param, "stabilize")
         for param in params:
-            assert param.grad is not None
-            batch.grads.append(param.grad)
-            batch.states.append(self._trackers.setdefault(param, _fresh_trackers(param)))
-        self._found = dict(zip(params, batch.grads, strict=True))
-        for result, grads in rescale([(batch, self._options)] if params else []):
+            if (grad := param.grad) is not None and param.numel() > 0:
+                state = self._trackers.get(param) or self._trackers.setdefault(param, fresh_trackers(param))
+                batch.add(param, grad, state)
+        self._found = dict(zip(batch.params, batch.grads, strict=True))
+        for result, grads in rescale([(batch, self._options)] if batch.params else []):
             self._last_step.append(result)
             bad = result.statistics["nonfinite"].unbind()
             for param, grad, is_bad in zip(result.params, grads, bad, strict=True):
@@ -187,7 +180,7 @@ class Stabilizer:
             state = self._optimizer.state.get(param, {})
             saved = {name: state.pop(_PREFIX + name) for name in _TRACKERS if _PREFIX + name in state}
             if len(saved) == len(_TRACKERS):
-                fresh = _fresh_trackers(param)
+                fresh = fresh_trackers(param)
                 for name, value in saved.items():
                     fresh[name].fill_(value)
                 self._trackers[param] = fresh
@@ -205,13 +198,6 @@ def check_stabilize_options(
     check_options({name: STABLE_SPAM[name] for name in given}, given)
     off = {"reset_interval": None, "decay_steps": None, "weight_decay": 0.0, "lr": 0.0}
     return {name: option.default for name, option in STABLE_SPAM.items()} | off | given
-
-
-def _fresh_trackers(param: Tensor) -> State:
-    """Trackers as `StableSPAM` begins them, of which those about moments say nothing here."""
-    precise = torch.promote_types(param.dtype, torch.float32)
-    dtypes = dict.fromkeys(COUNTERS, torch.float32) | dict.fromkeys(TRACKERS, precise)
-    return {name: torch.zeros((), dtype=dtype, device=param.device) for name, dtype in dtypes.items()}
 
 
 def _innermost(optimizer: Any) -> Any:
@@ -236,13 +222,4 @@ def _check_optimizer(optimizer: Any) -> None:
         raise TypeError(
             f"optimizer must step by itself, got {name}, whose updates happen inside the backward pass; "
             "stabilise each optimizer in its optimizer_dict"
-        )
-
-
-def _check_gradient(param: Tensor) -> None:
-    check_dense(param)
-    if hasattr(param, "device_mesh"):
-        raise ValueError(
-            f"stabilize needs whole parameters, got a sharded one (DTensor) of shape {tuple(param.shape)}; "
-            "train with DDP, or use StableSPAM"
         )

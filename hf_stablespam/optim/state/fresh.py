@@ -6,20 +6,24 @@ import torch
 from torch import Tensor
 
 from hf_stablespam.optim.galore.step import is_target, projected_example, projection_state
-from hf_stablespam.optim.plan import MOMENTS
+from hf_stablespam.optim.plan import MOMENTS, Options, State
 from hf_stablespam.optim.state import low_bit
 
 COUNTERS = ("step", "moment_step", "adopted_at")
 TRACKERS = ("clip_max", "norm_mean", "norm_sq")
-
 STATE_NAMES = (*COUNTERS, *TRACKERS, *MOMENTS)
 
 
-def fresh_state(param: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
-    """Zeros: counters in float32 as torch keeps them, trackers in float32 or better, moments as the options say."""
+def fresh_trackers(param: Tensor) -> State:
+    """Zeros: counters in float32 as torch keeps them, the others in float32, or float64 for float64 parameters."""
     precise = torch.promote_types(param.dtype, torch.float32)
-    state = {name: torch.zeros((), dtype=torch.float32, device=param.device) for name in COUNTERS}
-    state |= {name: torch.zeros((), dtype=precise, device=param.device) for name in TRACKERS}
+    dtypes = dict.fromkeys(COUNTERS, torch.float32) | dict.fromkeys(TRACKERS, precise)
+    return {name: torch.zeros((), dtype=dtype, device=param.device) for name, dtype in dtypes.items()}
+
+
+def fresh_state(param: Tensor, options: Options) -> State:
+    """Trackers, and moments as the options say."""
+    state = fresh_trackers(param)
     if is_target(param, options):
         state |= projection_state(param, options)
         param = projected_example(param, options)
@@ -29,7 +33,7 @@ def fresh_state(param: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
     return state | {name: torch.zeros_like(param, dtype=dtype, memory_format=layout) for name in MOMENTS}
 
 
-def _moment_dtype(param: Tensor, options: dict[str, Any]) -> torch.dtype:
+def _moment_dtype(param: Tensor, options: Options) -> torch.dtype:
     """The option's, or else the parameter's; but V of float16 would underflow to 0 and M/√V explode.
 
     A float64 parameter keeps float64 moments: its gradients may be such that float32 cannot hold their squares.
@@ -51,7 +55,7 @@ def without_scales(state: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def check_same_shapes(index: Any, fresh: dict[str, Tensor], saved: dict[str, Any]) -> None:
+def check_same_shapes(index: Any, fresh: State, saved: dict[str, Any]) -> None:
     """A saved state fits the options that it is loaded under.
 
     Raises:

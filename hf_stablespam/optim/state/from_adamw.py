@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 _ADAMW_NAMES = {"step", *MOMENTS}
 _ADAMW_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize", "initial_lr", "params", "param_names")
+_ANEW = "begin a new run from the weights alone"
 
 
 def adopted(state_dict: dict[str, Any], own_groups: list[dict[str, Any]]) -> dict[str, Any]:
@@ -29,62 +30,43 @@ def adopted(state_dict: dict[str, Any], own_groups: list[dict[str, Any]]) -> dic
     Raises:
         ValueError: for states of any other optimizer, naming what is missing.
     """
-    states = state_dict["state"]
-    if not any(_is_adamw(state) for state in states.values()):
-        _check_complete(states)
-        groups = _with_missing_options(state_dict["param_groups"], own_groups)
+    states, groups = state_dict["state"], state_dict["param_groups"]
+    if any(_is_adamw(state) for state in states.values()):
+        for index, state in states.items():
+            _check_adamw(index, state)
+        for group in groups:
+            _check_adamw_group(group)
+        logger.warning(
+            "StableSPAM goes on from step %d of an AdamW run: its moments are kept and rescaled at the next step, "
+            "the trackers of AdaClip and AdaGN start fresh",
+            max(int(state["step"]) for state in states.values()),
+        )
+        states = {index: _from_adamw(state) for index, state in states.items()}
+        groups = [{name: value for name, value in group.items() if name in _ADAMW_OPTIONS} for group in groups]
+    else:
+        for index, state in states.items():
+            if missing := [name for name in STATE_NAMES if name not in state]:
+                raise ValueError(
+                    f"the state of parameter {index} must hold {', '.join(STATE_NAMES)}, or be AdamW's "
+                    f"(step, exp_avg, exp_avg_sq), but lacks {', '.join(missing)}; it was saved by another optimizer, "
+                    f"so {_ANEW}"
+                )
         states = {index: without_scales(state) for index, state in states.items()}
-        return {**state_dict, "state": states, "param_groups": groups}
-    for index, state in states.items():
-        _check_adamw(index, state)
-    for group in state_dict["param_groups"]:
-        _check_adamw_group(group)
-    steps = max(int(state["step"]) for state in states.values())
-    logger.warning(
-        "StableSPAM goes on from step %d of an AdamW run: its moments are kept and rescaled at the next step, "
-        "the trackers of AdaClip and AdaGN start fresh",
-        steps,
-    )
-    groups = [
-        {name: value for name, value in group.items() if name in _ADAMW_OPTIONS} for group in state_dict["param_groups"]
-    ]
-    return {
-        **state_dict,
-        "state": {index: _from_adamw(state) for index, state in states.items()},
-        "param_groups": _with_missing_options(groups, own_groups),
-    }
+    if len(groups) == len(own_groups):  # else torch's own error says that the numbers of groups differ
+        own = ({name: value for name, value in group.items() if name != "params"} for group in own_groups)
+        groups = [present | saved for present, saved in zip(own, groups, strict=True)]
+    return {**state_dict, "state": states, "param_groups": groups}
 
 
 def _is_adamw(state: dict[str, Any]) -> bool:
     return not set(state) & {*TRACKERS, "moment_step"} and set(state) >= _ADAMW_NAMES
 
 
-def _with_missing_options(groups: list[dict[str, Any]], own_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Saved options win; those that were not saved keep their present values."""
-    if len(groups) != len(own_groups):
-        return groups  # torch's own error says that the numbers of groups differ
-    return [
-        {**{k: v for k, v in own.items() if k != "params"}, **group}
-        for group, own in zip(groups, own_groups, strict=True)
-    ]
-
-
-def _check_complete(states: dict[Any, dict[str, Any]]) -> None:
-    for index, state in states.items():
-        missing = [name for name in STATE_NAMES if name not in state]
-        if missing:
-            raise ValueError(
-                f"the state of parameter {index} must hold {', '.join(STATE_NAMES)}, or be AdamW's "
-                f"(step, exp_avg, exp_avg_sq), but lacks {', '.join(missing)}; it was saved by another optimizer, "
-                "so begin a new run from the weights alone"
-            )
-
-
 def _check_adamw(index: Any, state: dict[str, Any]) -> None:
     if "max_exp_avg_sq" in state:
         raise ValueError(
             f"the state of parameter {index} was saved by AdamW with amsgrad=True (it holds max_exp_avg_sq), "
-            "which StableSPAM cannot continue; begin a new run from the weights alone"
+            f"which StableSPAM cannot continue; {_ANEW}"
         )
     if missing := sorted(_ADAMW_NAMES - set(state)):
         raise ValueError(
@@ -94,7 +76,7 @@ def _check_adamw(index: Any, state: dict[str, Any]) -> None:
     if unknown := sorted(set(state) - _ADAMW_NAMES):
         raise ValueError(
             f"the state of parameter {index} must hold step, exp_avg, exp_avg_sq and no more to be AdamW's, but holds "
-            f"{', '.join(unknown)} too; it was saved by another optimizer, so begin a new run from the weights alone"
+            f"{', '.join(unknown)} too; it was saved by another optimizer, so {_ANEW}"
         )
 
 
@@ -102,15 +84,11 @@ def _check_adamw_group(group: dict[str, Any]) -> None:
     if group.get("decoupled_weight_decay") is False and group.get("weight_decay", 0) != 0:
         raise ValueError(
             f"weight_decay must be 0 to go on from a run of torch.optim.Adam, got {group['weight_decay']!r}: Adam adds "
-            "it to the gradient and StableSPAM decays the weights directly; begin a new run from the weights alone"
+            f"it to the gradient and StableSPAM decays the weights directly; {_ANEW}"
         )
 
 
 def _from_adamw(state: dict[str, Any]) -> dict[str, Any]:
     step = torch.as_tensor(state["step"], dtype=torch.float32)
-    zero = torch.zeros((), dtype=torch.float32)
-    return {
-        **{name: step.clone() for name in COUNTERS},
-        **{name: zero.clone() for name in TRACKERS},
-        **{name: state[name] for name in MOMENTS},
-    }
+    fresh = {name: step.clone() for name in COUNTERS} | {name: torch.zeros_like(step) for name in TRACKERS}
+    return fresh | {name: state[name] for name in MOMENTS}

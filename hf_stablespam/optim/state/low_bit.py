@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_stablespam._sharded import is_sharded
+
 BITS = (4, 8, 32)
 SMALLEST = 4096  # entries; smaller tensors are kept in full, as torchao and bitsandbytes do
 _BLOCK = {8: 256, 4: 128}
@@ -26,13 +28,7 @@ _TABLES: dict[tuple[int, bool, torch.device], Tensor] = {}
 
 
 def require_torchao(state_bits: int) -> Any:
-    """torchao's storage class for so many bits.
-
-    Importing it also lets `torch.load(weights_only=True)` read states of that class.
-
-    Raises:
-        ImportError: if torchao is not there, naming the command that installs it.
-    """
+    """torchao's storage class; its import also lets `torch.load(weights_only=True)` read states of that class."""
     try:
         from torchao.optim.subclass_4bit import OptimState4bit
         from torchao.optim.subclass_8bit import OptimState8bit
@@ -60,12 +56,8 @@ def _clone(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 def fits(tensor: Tensor, bits: int) -> bool:
-    """Whether moments like this tensor are stored in ``bits``: it has at least 4096 entries, in whole blocks.
-
-    Raises:
-        ValueError: for a sharded tensor and fewer than 32 bits: its blocks would not follow its shards.
-    """
-    if bits < 32 and hasattr(tensor, "device_mesh"):
+    """Whether moments like this tensor are stored in ``bits``: it has at least 4096 entries, in whole blocks."""
+    if bits < 32 and is_sharded(tensor):  # blocks would not follow its shards
         raise ValueError(
             f"state_bits must be 32 for a sharded parameter (DTensor), got {bits} for one of shape "
             f"{tuple(tensor.shape)}; train with DDP, or set state_bits=32 and state_dtype=torch.bfloat16"
@@ -111,11 +103,8 @@ def restore(fresh: Tensor, saved: Tensor) -> Tensor:
 
 def clear(moment: Tensor) -> None:
     """Set a moment to zero."""
-    if is_low_bit(moment):
-        moment.codes.zero_()  # type: ignore[attr-defined]
-        moment.scale.zero_()  # type: ignore[attr-defined]
-    else:
-        moment.zero_()
+    for stored in (moment.codes, moment.scale) if is_low_bit(moment) else (moment,):  # type: ignore[attr-defined]
+        stored.zero_()
 
 
 def _encode(moment: Any, value: Tensor) -> tuple[Tensor, Tensor]:

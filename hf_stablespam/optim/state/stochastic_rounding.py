@@ -5,13 +5,7 @@ from torch import Tensor
 
 
 def store(target: Tensor, value: Tensor, *, stochastic: bool) -> None:
-    """Copy ``value`` into ``target``, to the nearest number of its dtype or, for bfloat16 on request, stochastically.
-
-    Args:
-        target: the parameter, or a part of it.
-        value: its new value, shaped like ``target``, in at least its precision.
-        stochastic: round bfloat16 stochastically; other dtypes are rounded to nearest.
-    """
+    """Copy a value into a parameter, to the nearest number of its dtype or, for bfloat16 on request, stochastically."""
     if stochastic and target.dtype == torch.bfloat16 and value.dtype != torch.bfloat16:
         value = stochastic_bfloat16(value.to(torch.float32))
     target.copy_(value)
