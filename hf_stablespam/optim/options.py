@@ -48,22 +48,13 @@ class Option(NamedTuple):
     aliases: tuple[tuple[str, int | None], ...] = ()  # the official code's names, with the place in a pair
 
 
-def is_number(value: Any) -> bool:
-    """A finite real number, and no bool."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+def _number(rule: str, is_in: Callable[[Any], bool], kind: Any = Real) -> Kind:
+    """Finite numbers of a kind, but no bool, for which something holds."""
 
+    def accepts(value: Any) -> bool:
+        return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and is_in(value)
 
-def is_whole(value: Any) -> bool:
-    """A whole number, and no bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(rule: str, is_in: Callable[[Any], bool]) -> Kind:
-    return Kind(rule, lambda value: is_number(value) and is_in(value), float, "a number")
-
-
-def _whole(rule: str, least: int) -> Kind:
-    return Kind(rule, lambda value: is_whole(value) and value >= least, int, "an integer")
+    return Kind(rule, accepts, *((int, "an integer") if kind is int else (float, "a number")))
 
 
 def _is_pair(value: Any) -> bool:
@@ -89,14 +80,15 @@ LEARNING_RATE = AT_LEAST_ZERO._replace(
 ABOVE_ZERO = _number("a number > 0", lambda value: value > 0)
 SHARE = _number("in (0, 1]", lambda value: 0 < value <= 1)
 FRACTION = _number("in [0, 1]", lambda value: 0 <= value <= 1)
-STEPS = _whole("a whole number of steps >= 1", 1)
+STEPS = _number("a whole number of steps >= 1", lambda value: value >= 1, int)
 STEPS_OR_AUTO = Kind(
     STEPS.rule,
     lambda value: STEPS.accepts(value) or (isinstance(value, str) and value == AUTO),
     lambda text: AUTO if text.lower() == AUTO else int(text),
     "an integer or auto",
 )
-WHOLE, COUNT = _whole("a whole number >= 1", 1), _whole("a whole number >= 0", 0)
+WHOLE = _number("a whole number >= 1", lambda value: value >= 1, int)
+COUNT = _number("a whole number >= 0", lambda value: value >= 0, int)
 FLAG = Kind(
     "True or False",
     lambda value: isinstance(value, bool),
@@ -104,7 +96,7 @@ FLAG = Kind(
     "true or false",
 )
 CHOICE = FLAG.or_none()._replace(rule="True, False or None")
-STATE_BITS = Kind("4, 8 or 32", lambda value: is_whole(value) and value in BITS, int, "an integer")
+STATE_BITS = _number("4, 8 or 32", BITS.__contains__, int)
 STATE_DTYPE = Kind(
     "one of torch.float32, torch.bfloat16 or None (the parameter's own, float32 for float16)",
     lambda value: value is None or (isinstance(value, torch.dtype) and value in STATE_DTYPES.values()),

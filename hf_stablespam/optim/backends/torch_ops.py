@@ -25,44 +25,37 @@ TINY = 1e-15  # entries whose squares may leave the range of float32
 _ENDLESS = torch.tensor(1e30, device="cpu")
 
 
-class Piece(NamedTuple):
-    """Consecutive entries of a tensor, or all of a tensor whose layout allows no cutting."""
+class Bucket(NamedTuple):
+    """Pieces (consecutive entries of a tensor, or all of one whose layout allows no cutting), as a matrix."""
 
-    owner: int  # which tensor
-    param: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    owners: tuple[int, ...]  # the tensor of each piece
+    param: tuple[Tensor, ...]
+    grad: tuple[Tensor, ...]
+    exp_avg: tuple[Tensor, ...]
+    exp_avg_sq: tuple[Tensor, ...]
 
-
-class Bucket:
-    """Some pieces, as a matrix."""
-
-    def __init__(self, pieces: list[Piece]) -> None:
-        self.pieces, self.sizes = pieces, [piece.grad.numel() for piece in pieces]
-        self.rows = [1] if len(pieces) == 1 else [-(-size // ROW) for size in self.sizes]
+    def rows(self) -> list[int]:
+        """How many rows each piece takes."""
+        return [1] if len(self.grad) == 1 else [-(-piece.numel() // ROW) for piece in self.grad]
 
     def gather(self, name: str, dtype: torch.dtype) -> Tensor:
         """One column of the pieces as a matrix of ``dtype``: a copy, but for a single piece that has it already."""
-        tensors = [getattr(piece, name) for piece in self.pieces]
-        if len(tensors) == 1:
-            return tensors[0].reshape(1, -1).to(dtype)
-        matrix = torch.zeros(sum(self.rows), ROW, dtype=dtype, device=tensors[0].device)
-        torch._foreach_copy_(self._parts(matrix), tensors)
+        pieces = getattr(self, name)
+        if len(pieces) == 1:
+            return pieces[0].reshape(1, -1).to(dtype)
+        matrix = torch.zeros(sum(self.rows()), ROW, dtype=dtype, device=pieces[0].device)
+        torch._foreach_copy_(self._parts(matrix), pieces)
         return matrix
 
     def scatter(self, name: str, matrix: Tensor, stochastic: bool = False) -> None:
         """Write a matrix back into the pieces."""
-        for piece, part in zip(self.pieces, self._parts(matrix), strict=True):
-            target = getattr(piece, name)
+        for target, part in zip(getattr(self, name), self._parts(matrix), strict=True):
             if target.data_ptr() != part.data_ptr():
                 store(target, part, stochastic=stochastic)
 
     def _parts(self, matrix: Tensor) -> list[Tensor]:
-        if len(self.pieces) == 1:
-            return [matrix.view(self.pieces[0].grad.shape)]
-        flat = zip(matrix.view(-1).split([rows * ROW for rows in self.rows]), self.sizes, self.pieces, strict=True)
-        return [part[:size].view(piece.grad.shape) for part, size, piece in flat]
+        parts = matrix.view(-1).split([matrix.shape[1] * rows for rows in self.rows()])
+        return [part[: piece.numel()].view(piece.shape) for part, piece in zip(parts, self.grad, strict=True)]
 
 
 class TorchOps(Backend):
@@ -73,16 +66,12 @@ class TorchOps(Backend):
     def __init__(self, batch: Batch, options: Options) -> None:
         super().__init__(batch, options)
         device = batch.params[0].device
-        self.on_host, self.buckets = device.type in HOSTS, list(_buckets(batch))
-        self.rows = [sum(bucket.rows) for bucket in self.buckets]
-        pieces = [
-            (piece.owner, rows)
-            for bucket in self.buckets
-            for piece, rows in zip(bucket.pieces, bucket.rows, strict=True)
-        ]
-        self.owners = torch.tensor([owner for owner, rows in pieces for _ in range(rows)], dtype=torch.int64)
-        self.counts = torch.bincount(self.owners, minlength=len(batch.params)).to(device)
-        self.owners = self.owners.to(device)
+        self.on_host, self.buckets = device.type in HOSTS, _buckets(batch)
+        self.rows = [sum(bucket.rows()) for bucket in self.buckets]
+        owners = torch.tensor([owner for bucket in self.buckets for owner in bucket.owners], dtype=torch.int64)
+        rows = torch.tensor([rows for bucket in self.buckets for rows in bucket.rows()], dtype=torch.int64)
+        self.owners = owners.repeat_interleave(rows).to(device)
+        self.counts = self.owners.bincount(minlength=len(batch.params))
         self.maxima = self.norms = torch.zeros(0, dtype=self.precise, device=device)
 
     def measure(self) -> Measured:
@@ -105,8 +94,8 @@ class TorchOps(Backend):
         return Clipped(norm, of_tensors(entries, "sum", self.counts))
 
     def update(self, plan: Plan) -> None:
-        for bucket, grad, by in self._stabilized(plan):
-            if self.on_host and _updated_by_adamw(bucket.pieces[0], grad, by):
+        for bucket, (grad, by) in self._stabilized(plan):
+            if self.on_host and _updated_by_adamw(bucket, grad, by):
                 continue
             weight, exp_avg, exp_avg_sq = (bucket.gather(name, self.precise) for name in ("param", *MOMENTS))
             adam_(weight, grad, exp_avg, exp_avg_sq, by)
@@ -116,31 +105,33 @@ class TorchOps(Backend):
 
     def rescale(self, plan: Plan) -> list[Tensor]:
         new = [torch.zeros_like(grad) for grad in self.batch.grads]
-        targets = dict(zip(self.buckets, _buckets(self.batch._replace(grads=new)), strict=True))
-        for bucket, grad, _ in self._stabilized(plan):
-            targets[bucket].scatter("grad", grad)
+        for bucket, (grad, _) in self._stabilized(plan, _buckets(self.batch._replace(grads=new))):
+            bucket.scatter("grad", grad)
         return new
 
-    def _stabilized(self, plan: Plan) -> Iterator[tuple[Bucket, Tensor, Coefficients]]:
-        """The buckets, with their gradients clipped and normalised; on the CPU without those that are passed over."""
+    def _stabilized(self, plan: Plan, targets: Any = None) -> Iterator[tuple[Bucket, tuple[Tensor, Coefficients]]]:
+        """Buckets (or others cut alike), and clipped and normalised gradients, on the CPU without what is passed over.
+
+        Each comes with its coefficients.
+        """
         by = plan.by if self.on_host else _untouched_unless(plan.finite, plan.by)
         columns = map(Coefficients._make, zip(*map(self._columns, by), strict=True))
         rows = zip(self.buckets, columns, self._columns(plan.finite), self.maxima.split(self.rows), strict=True)
-        for bucket, numbers, finite, maxima in rows:
+        for target, (bucket, numbers, finite, maxima) in zip(targets or self.buckets, rows, strict=True):
             if self.on_host and not finite:
                 continue
             grad = bucket.gather("grad", self.precise)
             if not self.on_host or maxima > numbers.threshold:
                 grad, _ = _clipped(grad, numbers.threshold, numbers.ratio)
             grad = grad * numbers.factor
-            yield bucket, grad if self.on_host else grad.masked_fill_(~finite, 0), numbers
+            yield target, (grad if self.on_host else grad.masked_fill_(~finite, 0), numbers)
 
     def _columns(self, vector: Tensor) -> list[Any]:
         """One number per tensor as a column for each bucket, or as a number where a bucket is a single row."""
         if not self.on_host:
             return list(vector[self.owners].unsqueeze(1).split(self.rows))
         numbers = vector.tolist()
-        return [numbers[bucket.pieces[0].owner] for bucket in self.buckets]
+        return [numbers[bucket.owners[0]] for bucket in self.buckets]
 
 
 def _untouched_unless(finite: Tensor, by: Coefficients) -> Coefficients:
@@ -166,48 +157,42 @@ def _clipped(grad: Tensor, threshold: Any, ratio: Any) -> tuple[Tensor, Tensor]:
     return (grad - spikes).add_(spikes, alpha=ratio), spikes
 
 
-def _updated_by_adamw(piece: Piece, grad: Tensor, by: Any) -> bool:
+def _updated_by_adamw(bucket: Bucket, grad: Tensor, by: Any) -> bool:
     """`adam_` in one pass of PyTorch's fused AdamW, whose own bias corrections an endless step count switches off.
 
-    Only for pieces without gaps and of one dtype, and numbers that it can be told.
+    Only for a piece without gaps and of one dtype, and numbers that it can be told.
     """
-    if any(tensor.dtype != grad.dtype or not tensor.is_contiguous() for tensor in (piece.param, *piece[3:])):
+    weight, exp_avg, exp_avg_sq = moments = bucket.param[0], bucket.exp_avg[0], bucket.exp_avg_sq[0]
+    if any(tensor.dtype != grad.dtype or not tensor.is_contiguous() for tensor in moments):
         return False
     if by.size == 0 or by.enter in (0, 1) or by.enter_sq in (0, 1):
         return False
-    for moment, keep, enter in ((piece.exp_avg, by.keep, by.enter), (piece.exp_avg_sq, by.keep_sq, by.enter_sq)):
-        if abs(carry := keep / (1 - enter)) < 1 - 1e-5 or carry > 1 + 1e-5:
-            moment.mul_(carry)  # after a reset, or moments adopted from AdamW
+    for moment, keep, enter in ((exp_avg, by.keep, by.enter), (exp_avg_sq, by.keep_sq, by.enter_sq)):
+        if abs((carry := keep / (1 - enter)) - 1) > 1e-5:  # after a reset, or moments adopted from AdamW
+            moment.mul_(carry)
     options: dict[str, Any] = {"lr": by.size, "beta1": 1 - by.enter, "beta2": 1 - by.enter_sq, "eps": by.eps}
     options |= {"weight_decay": (1 - by.decay) / by.size, "amsgrad": False, "maximize": False}
-    weights, grads, steps = [piece.param], [grad.view(piece.param.shape)], [_ENDLESS]
-    torch._fused_adamw_(weights, grads, [piece.exp_avg], [piece.exp_avg_sq], [], steps, **options)
-    torch.autograd.graph.increment_version(piece.param)  # which this operation does not
+    torch._fused_adamw_([weight], [grad.view(weight.shape)], [exp_avg], [exp_avg_sq], [], [_ENDLESS], **options)
+    torch.autograd.graph.increment_version(weight)  # which this operation does not
     return True
 
 
-def _buckets(batch: Batch) -> Iterator[Bucket]:
+def _buckets(batch: Batch) -> list[Bucket]:
     """Consecutive pieces whose sizes add up to a limit at most; on the CPU each by itself."""
     on_host = batch.params[0].device.type in HOSTS
     limit = HOST_BUCKET if on_host else LARGE_BUCKET
-    waiting: list[Piece] = []
-    filled = 0
-    for piece in _pieces(batch, limit):
-        if waiting and (on_host or filled + piece.grad.numel() > limit):
-            yield Bucket(waiting)
-            waiting, filled = [], 0
-        waiting.append(piece)
-        filled += piece.grad.numel()
-    if waiting:
-        yield Bucket(waiting)
-
-
-def _pieces(batch: Batch, limit: int) -> Iterator[Piece]:
+    buckets: list[list[Any]] = []
+    filled = limit
     for owner, (param, grad, state) in enumerate(zip(*batch, strict=True)):
         columns = [param.detach(), grad.detach(), state.get("exp_avg", grad), state.get("exp_avg_sq", grad)]
-        if param.numel() > limit and share_layout(columns):
-            flat = [column.as_strided((column.numel(),), (1,)) for column in columns]
-            for start in range(0, param.numel(), limit):
-                yield Piece(owner, *(column[start : start + limit] for column in flat))
-        elif param.numel() > 0:
-            yield Piece(owner, *columns)
+        size, pieces = param.numel(), [columns] if param.numel() > 0 else []
+        if size > limit and share_layout(columns):
+            flat = [column.as_strided((size,), (1,)).split(limit) for column in columns]
+            pieces = [list(piece) for piece in zip(*flat, strict=True)]
+        for piece in pieces:
+            if on_host or filled + piece[0].numel() > limit:
+                buckets.append([])
+                filled = 0
+            buckets[-1].append((owner, *piece))
+            filled += piece[0].numel()
+    return [Bucket(*zip(*bucket, strict=True)) for bucket in buckets]

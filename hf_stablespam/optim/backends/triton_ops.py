@@ -18,21 +18,13 @@ from hf_stablespam.optim.plan import MOMENTS, Batch, Clipped, Clipping, Measured
 class Sizes(NamedTuple):
     """What follows from the sizes of the tensors, on the device; int64."""
 
-    numbers: tuple[int, ...]  # the sizes that it was made for
     sizes: Tensor  # (tensors,) entries
     owners: Tensor  # (chunks,) the tensor of each chunk
     starts: Tensor  # (chunks,) its first entry
     counts: Tensor  # (tensors,) number of chunks
 
 
-class Addresses(NamedTuple):
-    """Where the tensors are in this step."""
-
-    numbers: list[list[int]]
-    rows: Tensor  # (4, tensors) int64 on the device: weights, gradients, M, V
-
-
-# The tables of the last step by the first of the tensors that they are for: they live as long as it does.
+# The tables of the last step, and what they were made of, by the first of their tensors: they live as long as it does.
 _SIZES, _ADDRESSES = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
 
@@ -88,22 +80,20 @@ def _numbers(plan: Plan) -> tuple[Tensor, Tensor]:
 
 def _sizes_of(params: list[Tensor]) -> Sizes:
     """Built once: sizes change with the set of tensors only."""
-    numbers = tuple(param.numel() for param in params)
-    known = _SIZES.get(params[0])
-    if known is None or known.numbers != numbers:
+    numbers = [param.numel() for param in params]
+    if params[0] not in _SIZES or _SIZES[params[0]][0] != numbers:
         counts = [-(-size // kernels.BLOCK) for size in numbers]
         owners = [owner for owner, count in enumerate(counts) for _ in range(count)]
         starts = [chunk * kernels.BLOCK for count in counts for chunk in range(count)]
         columns = (torch.tensor(column, device=params[0].device) for column in (numbers, owners, starts, counts))
-        known = _SIZES[params[0]] = Sizes(numbers, *columns)
-    return known
+        _SIZES[params[0]] = numbers, Sizes(*columns)
+    return _SIZES[params[0]][1]
 
 
 def _addresses_of(columns: list[list[Tensor]]) -> Tensor:
-    """Four numbers per tensor, copied to the device where they have changed since the last step."""
-    numbers = [[tensor.data_ptr() for tensor in column] for column in columns]
-    known = _ADDRESSES.get(columns[0][0])
-    if known is None or known.numbers != numbers:
-        rows = torch.tensor(numbers, dtype=torch.int64).to(columns[0][0].device, non_blocking=True)
-        known = _ADDRESSES[columns[0][0]] = Addresses(numbers, rows)
-    return known.rows
+    """(4, tensors) int64, copied to the device where they have changed since the last step."""
+    first, numbers = columns[0][0], [[tensor.data_ptr() for tensor in column] for column in columns]
+    if first not in _ADDRESSES or _ADDRESSES[first][0] != numbers:
+        rows = torch.tensor(numbers, dtype=torch.int64).to(first.device, non_blocking=True)
+        _ADDRESSES[first] = numbers, rows
+    return _ADDRESSES[first][1]

@@ -58,11 +58,8 @@ class SPAM(MeasuringOptimizer):
     beside ``density``, and sparse groups overwrite ``p.grad``.
 
     Args:
-        params: parameters, named parameters, or parameter groups with options of their own.
-        lr: learning rate, ≥ 0; a number or a tensor of one element. Default 1e-3.
-        betas: ``(β1, β2)``, decay rates of Adam's moments, each in [0, 1). Default (0.9, 0.999).
+        params: as for `StableSPAM`, and so are ``lr``, ``betas``, ``weight_decay`` and ``maximize``.
         eps: ``ε``, ≥ 0. Default 1e-6, the official code's.
-        weight_decay: decoupled weight decay ``wd``, per unit of learning rate, ≥ 0. Default 0.0.
         threshold: ``θ``, how many times its second moment a squared entry may be, > 0. Default 5000, the
             paper's. ``None``: no clipping.
         clip_delay: gradients that must be in ``V`` before clipping begins, ≥ 0. Default 20, the official code's.
@@ -71,7 +68,6 @@ class SPAM(MeasuringOptimizer):
         density: share of the entries of 2-dimensional parameters that is trained between two resets, in (0, 1].
             Default 1.0: all.
         seed: of the random subsets. Default 0.
-        maximize: climb instead of descend. Default ``False``.
 
     Raises:
         ValueError: for an option out of its range, a complex or sharded parameter, a sparse gradient.

@@ -50,10 +50,8 @@ def stabilize(
         optimizer: any `torch.optim.Optimizer` (SGD, AdamW, Muon, Adafactor, Lion, 8-bit Adam …) that evaluates its
             closure at most once per step. One that accelerate has wrapped is stabilised inside the wrapper, where
             the attribute ``stabilizer`` then is.
-        clip_beta: ``γ3``, decay rate of the running largest entry, in [0, 1). Default 0.999. ``None``: no clipping.
-        norm_betas: ``(γ1, γ2)``, decay rates of the running norm and squared norm. Default (0.7, 0.9), the paper's
-            for 4-bit training. ``None``: no normalising.
-        eps: ``ε`` in the denominator of AdaGN, ≥ 0. Default 1e-8.
+        clip_beta: ``γ3``, default 0.999, as for `StableSPAM`, and so are ``norm_betas`` (``(γ1, γ2)``, default
+            (0.7, 0.9)) and ``eps`` (``ε`` of AdaGN, default 1e-8). ``None`` switches clipping or normalising off.
 
     Returns:
         The same optimizer.
@@ -79,7 +77,7 @@ def stabilize(
 
 
 class Stabilizer:
-    """What `stabilize` puts in front of an optimizer: the hooks, the trackers, and the way to remove them."""
+    """What `stabilize` puts in front of an optimizer: hooks, trackers, and the way to remove them."""
 
     def __init__(self, optimizer: Optimizer, options: dict[str, Any]) -> None:
         self._optimizer, self._options = optimizer, options
@@ -186,14 +184,8 @@ class Stabilizer:
                 self._trackers[param] = fresh
 
 
-def check_stabilize_options(
-    clip_beta: float | None, norm_betas: tuple[float, float] | None, eps: float
-) -> dict[str, Any]:
-    """The options that AdaClip and AdaGN read, from those of `stabilize`.
-
-    Raises:
-        ValueError: for an option out of its range.
-    """
+def check_stabilize_options(clip_beta: Any, norm_betas: Any, eps: Any) -> dict[str, Any]:
+    """The options that AdaClip and AdaGN read, from those of `stabilize`; a ValueError for one out of its range."""
     given = {"clip_beta": clip_beta, "norm_betas": norm_betas, "eps": eps}
     check_options({name: STABLE_SPAM[name] for name in given}, given)
     off = {"reset_interval": None, "decay_steps": None, "weight_decay": 0.0, "lr": 0.0}
