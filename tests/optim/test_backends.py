@@ -345,6 +345,18 @@ def test_a_rescaled_gradient_is_that_of_the_loop(kind, shape, dtype, path):
         assert seen.statistics["clipped"] > 0
 
 
+def test_what_cannot_be_cut_is_rescaled_whole(small):
+    options = check_stabilize_options(0.9, (0.7, 0.9), 1e-8)
+    for param, grad in [
+        (torch.ones(30, 20).t(), torch.ones(20, 30)),
+        (torch.ones(20, 30), torch.ones(30).expand(20, 30)),
+    ]:
+        ((_, (new,)),) = step.rescale(
+            [(Batch([param], [grad], [fresh_trackers(grad.dtype)]), options | PATHS["torch"])]
+        )
+        torch.testing.assert_close(new, torch.full_like(new, 600**-0.5))
+
+
 def test_numba_is_what_these_tests_ran():
     pytest.importorskip("numba", reason="numba (extra: cpu) is not installed: its cases above ran PyTorch's operations")
     assert numba_ops.load() is not None

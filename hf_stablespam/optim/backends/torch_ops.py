@@ -105,8 +105,9 @@ class TorchOps(Backend):
 
     def rescale(self, plan: Plan) -> list[Tensor]:
         new = [torch.zeros_like(grad) for grad in self.batch.grads]
-        for bucket, (grad, _) in self._stabilized(plan, _buckets(self.batch._replace(grads=new))):
-            bucket.scatter("grad", grad)
+        targets = _buckets(self.batch._replace(states=[{"exp_avg": value} for value in new]))  # cut like the gradients
+        for bucket, (grad, _) in self._stabilized(plan, targets):
+            bucket.scatter("exp_avg", grad)
         return new
 
     def _stabilized(self, plan: Plan, targets: Any = None) -> Iterator[tuple[Bucket, tuple[Tensor, Coefficients]]]:
