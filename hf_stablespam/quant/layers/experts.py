@@ -14,8 +14,6 @@ transforms), and the eager loop, whose indexing makes a gradient of all experts 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,8 +21,8 @@ from torch import Tensor, nn
 
 from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.layers.matmul import FourBitMatmul, Recipe, StraightThrough, quantize_weight
+from hf_stablespam.quant.layers.stand_in import StandIn, weight_names
 
-WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 # Implementations that round the numbers between the two products through the stand-in's gate.
 THROUGH_THE_GATE = ("batched_mm", "grouped_mm")
 
@@ -124,7 +122,7 @@ class FourBitExperts(nn.Module):
                 f"experts_implementation must be 'eager', 'batched_mm' or 'grouped_mm' for 4-bit activations, got "
                 f"{implementation!r}, which rounds nothing between the products; set one of these, or activation=None"
             )
-        stand_in = _StandIn(self, dtype)
+        stand_in = StandIn(self, dtype)
         with stand_in.rounded_again_in_backward():
             return self.original_class.forward(stand_in, StraightThrough.apply(x, recipe.activation), index, weights)
 
@@ -152,11 +150,6 @@ class FourBitExperts(nn.Module):
         return f"weight={config.weight}, activation={config.activation}, gradient={config.gradient}"
 
 
-def weight_names(experts: Any) -> list[str]:
-    """Names of the weights that experts multiply by: the first product's, then the second's."""
-    return ["gate_up_proj" if experts.has_gate else "up_proj", "down_proj"]
-
-
 def quantize_experts(weight: Tensor, recipe: Recipe, dtype: torch.dtype, transposed: bool) -> Tensor:
     """The weights (experts, out, in) of all experts as their products use them, in `dtype`.
 
@@ -176,70 +169,6 @@ def quantize_experts(weight: Tensor, recipe: Recipe, dtype: torch.dtype, transpo
         for one, result in zip(rows.unbind(0), rounded.unbind(0), strict=True):
             result.copy_(quantize_weight(one, recipe, dtype))
     return rounded.transpose(1, 2) if transposed else rounded
-
-
-class _MasterGradient(torch.autograd.Function):
-    """The rounded weight, whose gradient goes to the master weight."""
-
-    @staticmethod
-    def forward(ctx: Any, master: Tensor, rounded: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.dtype = master.dtype
-        return rounded.view_as(rounded)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad.to(ctx.dtype), None
-
-
-class _StandIn:
-    """What transformers' implementations take for the module: rounded weights, a gate that rounds, the rest as is."""
-
-    def __init__(self, experts: FourBitExperts, dtype: torch.dtype) -> None:
-        self._experts, self._dtype = experts, dtype
-        self._rounded: dict[str, Tensor] = {}
-        for name in weight_names(experts):
-            master = getattr(experts, name)
-            self._rounded[name] = experts._weight(name, dtype)
-            setattr(self, name, _MasterGradient.apply(master, self._rounded[name]))
-            if experts.has_bias:
-                setattr(self, f"{name}_bias", getattr(experts, f"{name}_bias").to(dtype))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._experts, name)
-
-    def _apply_gate(self, x: Tensor) -> Tensor:
-        gated = self._experts.original_class._apply_gate(self, x)
-        return StraightThrough.apply(gated, self._experts.recipe.activation)
-
-    @property
-    def act_fn(self) -> Callable[[Tensor], Tensor]:
-        if self._experts.has_gate:
-            return self._experts.act_fn
-        return lambda x: StraightThrough.apply(self._experts.act_fn(x), self._experts.recipe.activation)
-
-    @contextmanager
-    def rounded_again_in_backward(self) -> Iterator[None]:
-        """Keep no rounded weight for the backward pass where nothing of the weights' size is to be kept."""
-        if self._experts._saves_weights() or torch.compiler.is_compiling():
-            yield
-            return
-
-        # Nothing of the stand-in is in these functions, which live as long as what they have packed.
-        storages = {rounded.untyped_storage().data_ptr(): name for name, rounded in self._rounded.items()}
-        experts, dtype = self._experts, self._dtype
-
-        def pack(tensor: Tensor) -> Any:
-            name = storages.get(tensor.untyped_storage().data_ptr())
-            return tensor if name is None else (name, tensor.size(), tensor.stride(), tensor.storage_offset())
-
-        def unpack(packed: Any) -> Tensor:
-            if isinstance(packed, Tensor):
-                return packed
-            name, *layout = packed
-            return experts.quantized(name, dtype).as_strided(*layout)
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            yield
 
 
 def _loop(experts: FourBitExperts, x: Tensor, index: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
