@@ -31,8 +31,8 @@ def directly_read(model: nn.Module) -> dict[str, str]:
     """Names of the `nn.Linear` layers of `model` whose weight is read by what they are in, and the reader's class.
 
     Example:
-        >>> sorted(directly_read(nn.TransformerEncoderLayer(8, 2)).values())
-        ['TransformerEncoderLayer', 'TransformerEncoderLayer']
+        >>> sorted(directly_read(nn.TransformerEncoderLayer(8, 2)))
+        ['linear1', 'linear2', 'self_attn.out_proj']
     """
     found: dict[str, str] = {}
     for name, module in model.named_modules():
