@@ -95,6 +95,12 @@ def summary(record: Record) -> str:
                 f"({seeds_of(runs)}, {'the best of ' if rates > 1 else ''}{rates} learning rate{'s' * (rates > 1)}), "
                 f"{means[label] - full:.2f} above full precision."
             )
+    shared = set.intersection(*(set(of_setting(record, method, GGUF)) for method in LABELS))
+    if len(shared) > 1:
+        highest = max(shared)
+        ends = [perplexity_of(record, Run(method, GGUF, highest)) for method in LABELS]
+        said = " and ".join(f"{end:.2f} with {label}" for end, label in zip(ends, LABELS.values(), strict=True))
+        parts.append(f"At the highest rate that both were run at, {highest:g}, it ends at {said}.")
     taken = [100 * (after - mean) / (after - full) for mean in means.values()]
     parts.append(
         f"So training in the format takes away {min(taken):.0f} to {max(taken):.0f} % of what the rounding costs."
