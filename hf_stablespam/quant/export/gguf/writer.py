@@ -74,7 +74,13 @@ def verify_tensors(file: Path, plans: Sequence[TensorPlan]) -> None:
     """
     from gguf import GGUFReader
 
-    stored = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    class Reader(GGUFReader):
+        """With its file as a plain array: a `np.memmap` is slow to slice for each token of the vocabulary."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+    stored = {tensor.name: tensor for tensor in Reader(file).tensors}
     for plan in plans:
         if plan.verify is not None:
             plan.verify(stored[plan.name].data)
