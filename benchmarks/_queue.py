@@ -1,5 +1,6 @@
 """A queue of runs that any number of processes share: each run is made once, by whoever takes it first."""
 
+import csv
 import tempfile
 import time
 import zlib
@@ -13,6 +14,15 @@ from benchmarks import _record
 
 PAUSE = 10  # seconds between looks at the record while other processes train
 Run = TypeVar("Run", bound=Hashable)
+
+
+def read_record(name: str, from_row: Callable[[dict[str, str]], Run]) -> dict[Run, dict[str, str]]:
+    """Every run in the results file `name`, with its row; of runs made twice the last."""
+    path = _record.RESULTS / f"{name}.csv"
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {from_row(row): row for row in csv.DictReader(file)}
 
 
 def claim(run: Hashable) -> FileLock | None:

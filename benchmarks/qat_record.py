@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from benchmarks import _record
+from benchmarks import _queue
 from hf_stablespam import FourBitConfig
 
 NAME, FILES = "qat_smollm2", Path("runs/qat_smollm2")
@@ -46,11 +45,7 @@ Record = dict[Run, dict[str, str]]
 
 def read_record() -> Record:
     """Every run on record, with its row."""
-    path = _record.RESULTS / f"{NAME}.csv"
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        return {Run.from_row(row): row for row in csv.DictReader(file)}
+    return _queue.read_record(NAME, Run.from_row)
 
 
 def perplexity_of(record: Record, run: Run) -> float:

@@ -12,7 +12,6 @@ about three minutes on one core; all studies are about 200 runs. Whoever wins, w
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,11 +30,7 @@ TRIAL_STEPS = 10
 
 def read_record() -> Record:
     """Every run on record, with its row; of runs made twice the last."""
-    path = _record.RESULTS / f"{NAME}.csv"
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        return {Run.from_row(row): row for row in csv.DictReader(file)}
+    return _queue.read_record(NAME, Run.from_row)
 
 
 def missing(studies: list[str], base: Run, record: Record) -> Iterator[Run]:
