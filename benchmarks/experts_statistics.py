@@ -119,7 +119,7 @@ def main() -> None:
     rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
     done = {(row["statistics"], row["spikes"], row["seed"], row["steps"]) for row in rows}
     texts = read_bytes()
-    for seed, spikes, method in product(SEEDS, (False, True), METHODS):
+    for spikes, seed, method in product((False, True), SEEDS, METHODS):  # whole comparisons first
         run = {"statistics": method, "spikes": int(spikes), "seed": seed, "steps": options.steps}
         if tuple(map(str, run.values())) in done and not options.dry_run:
             continue
