@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import continual, faults, momentum_resets, outside_language, qat_record, qat_tables
+from benchmarks import continual, demo_record, faults, momentum_resets, outside_language, qat_record, qat_tables
 from benchmarks._record import RESULTS
 from benchmarks.cost_on_paper import cost_table
 from benchmarks.quality import read_record
@@ -46,6 +46,7 @@ def makers() -> dict[str, Callable[[], str]]:
     record = read_record()
     found: dict[str, Callable[[], str]] = {name: lambda name=name: study_table(name, record) for name in ON_CPU}
     found["apart"] = lambda: apart_table(BASE, record)
+    found["demo"] = demo_record.table
     found |= {"share-of-steps": lambda: steps_table(BASE, record), "cost": cost_table}
     damaged = faults.read(RESULTS / "faults.csv")
     found |= {"faults": lambda: faults.table(damaged), "faults-bound": lambda: faults.bound_table(damaged)}

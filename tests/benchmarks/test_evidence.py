@@ -1,8 +1,10 @@
 """The pages of the evidence show what the committed results show."""
 
+import json
+
 import pytest
 
-from benchmarks import cost_on_paper, evidence_page, evidence_smoke, outside_language, quality
+from benchmarks import cost_on_paper, demo_record, evidence_page, evidence_smoke, outside_language, quality
 
 
 def test_every_table_of_the_pages_is_that_of_the_results():
@@ -43,3 +45,18 @@ def test_a_difference_is_printed(capsys):
     assert evidence_smoke.compare("run", 1.0, 1.01, 0.02)
     assert not evidence_smoke.compare("run", 1.0, 1.1, 0.02)
     assert capsys.readouterr().out.splitlines()[1].endswith("DIFFERS")
+
+
+def test_the_demo_goes_on_record_from_its_folder(tmp_path):
+    for run, losses in zip(demo_record.demo.RUNS, ((5.0, 4.2), (5.0, 4.4), (4.3, 4.1)), strict=True):
+        (tmp_path / run.folder).mkdir()
+        history = [{"step": 10 * n, "eval_loss": loss} for n, loss in enumerate(losses, 1)]
+        history.append({"step": 20, "train_runtime": 7.25})
+        (tmp_path / run.folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    rows = demo_record.rows_of(tmp_path)
+    assert [(row["loss"], row["target"], row["steps_to_target"]) for row in rows] == [
+        (4.2, 4.4, 20),
+        (4.4, 4.4, 20),
+        (4.1, 4.4, 10),
+    ]
+    assert rows[0]["optimizer"] == "AdamW + clipping" and rows[0]["seconds"] == 7.2
