@@ -3,9 +3,9 @@
     python benchmarks/experts_statistics.py              # 18 runs, rows in results/experts_statistics.csv; resumable
     python benchmarks/experts_statistics.py --steps 3 --dry-run
 
-A Qwen3-MoE of 4 layers and 8 experts, W4A4 in groups of 32, reads the standard library's source as bytes. Per expert
-the optimizer is given each expert's matrices as parameters of their own (views of the model's). Spikes: from step 60
-on, at every 10th step, the gradient of one expert is a thousand times as large in 4 tensors.
+A Qwen3-MoE of 4 layers and 8 experts, W4A4 in groups of 32, reads the standard library's source as bytes, 256 a step.
+Per expert the optimizer is given each expert's matrices as parameters of their own (views of the model's). Spikes: from
+step 60 on, at every 10th step, the gradient of one expert is a thousand times as large in 4 tensors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from hf_stablespam.quant.layers.experts import is_experts, weight_names
 NAME = "experts_statistics"
 METHODS, SEEDS = ("per tensor", "per expert", "adamw"), (0, 1, 2)
 LEARNING_RATE, WARM_UP = 2e-3, 10
-BATCH, LENGTH, EVALUATED = 8, 128, 16  # sequences of bytes
+BATCH, LENGTH, EVALUATED = 2, 128, 64  # sequences of a step, bytes of a sequence, sequences held out
 SPIKE, FIRST_SPIKE, SPIKE_EVERY, SPIKED_EXPERT = 1000.0, 60, 10, 3
 
 
@@ -105,7 +105,7 @@ def train(method: str, spikes: bool, seed: int, steps: int, texts: tuple[torch.T
             split.hand_over_gradients()
         optimizer.step()
         schedule.step()
-    held_out = sequences(texts[1], EVALUATED * BATCH, torch.Generator().manual_seed(0)).split(BATCH)
+    held_out = sequences(texts[1], EVALUATED, torch.Generator().manual_seed(0)).split(8)
     with torch.no_grad():
         return sum(model.eval()(batch, labels=batch).loss.item() for batch in held_out) / len(held_out)
 
