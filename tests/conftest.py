@@ -1,5 +1,6 @@
 """Settings that all tests share: no network, no reporting integrations, the same seed for each test."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +13,12 @@ import torch
 if not torch.cuda.is_available():
     # Read when triton is imported, which torchao does too, and transformers through it: so before any test module.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish():
+    """Every run of the Trainer collects garbage: not among the millions of objects of what has been imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
