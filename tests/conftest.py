@@ -15,8 +15,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def pytest_collection_finish():
-    """Every run of the Trainer collects garbage: not among the millions of objects of what has been imported."""
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_imported_is_no_garbage():
+    """Every run of the Trainer collects garbage, and would search the millions of objects of libraries each time."""
     gc.collect()
     gc.freeze()
 
