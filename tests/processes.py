@@ -4,6 +4,7 @@ They are forked from a server that has imported the large libraries and nothing 
 the Trainer anew takes each process ten seconds, more than most tests of it.
 """
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -41,6 +42,7 @@ def run_processes(world_size: int, function: Callable[..., None], *arguments: ob
 def _process(
     rank: int, world_size: int, port: int, environment: dict, function: Callable[..., None], arguments: tuple
 ) -> None:
+    gc.freeze()  # what has been imported, as in conftest.py
     torch.set_num_threads(1)
     torch.manual_seed(0)
     os.environ.update(
@@ -84,6 +86,7 @@ STREAMS = ("stdout", "stderr")
 
 
 def _execute(code: str, arguments: list[str], environment: dict, folder: str) -> None:
+    gc.freeze()
     os.environ.update(environment)
     for descriptor, name in enumerate(STREAMS, start=1):
         os.dup2(os.open(Path(folder) / name, os.O_WRONLY | os.O_CREAT), descriptor)

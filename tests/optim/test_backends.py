@@ -1,10 +1,5 @@
 """The backends against the reference and each other: which takes what, every layout, few and many spikes, extremes."""
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -18,6 +13,7 @@ from hf_stablespam.optim.plan import Batch
 from hf_stablespam.optim.stabilize.stabilizer import check_stabilize_options
 from hf_stablespam.optim.state.fresh import TRACKERS
 from tests.optim.common import PATHS, TOLERANCE, assert_identical, gradients, parameters, snapshot, train
+from tests.processes import run_code
 from tests.reference.stable_spam import Hyperparameters, Reference
 
 SHAPES = [(37, 21), (130,), (), (3, 4, 5), (64,)]
@@ -66,9 +62,10 @@ def test_the_choice_on_the_cpu(options, backend):
     assert chosen(**options) is backend
 
 
-def test_the_choice_is_announced_once_by_the_main_process():
+def test_the_choice_is_announced_once_by_the_main_process(monkeypatch):
     code = """
-        import torch
+        import torch, warnings
+        warnings.simplefilter("error", UserWarning)
         from hf_stablespam.optim import StableSPAM
         for dtype in (torch.float32, torch.float64):
             weight = torch.nn.Parameter(torch.ones(3, dtype=dtype))
@@ -77,10 +74,10 @@ def test_the_choice_is_announced_once_by_the_main_process():
                 weight.grad = torch.ones_like(weight)
                 optimizer.step()
     """
-    command = [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(code)]
     for rank, expected in (("0", ["PyTorch's operations", "a loop over the tensors"]), ("1", [])):
-        done = subprocess.run(command, env=os.environ | {"RANK": rank}, capture_output=True, text=True, check=True)
-        said = [line for line in done.stderr.splitlines() if line.startswith("[hf_stablespam] optimizer steps")]
+        monkeypatch.setenv("RANK", rank)
+        errors = run_code(code)[1]
+        said = [line for line in errors.splitlines() if line.startswith("[hf_stablespam] optimizer steps")]
         assert said == [f"[hf_stablespam] optimizer steps on cpu are made by {what}" for what in expected]
 
 

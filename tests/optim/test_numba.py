@@ -1,11 +1,8 @@
 """Numba's kernels: numbers through their bits, threads, and every place where Numba cannot run."""
 
 import os
-import subprocess
-import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +12,10 @@ from hf_stablespam.optim.backends import numba_ops
 from hf_stablespam.optim.plan import Batch, Clipping
 from tests.optim.common import gradients, parameters, train
 from tests.optim.test_backends import fresh_trackers
+from tests.processes import run_code
 
 pytest.importorskip("numba", reason="numba (extra: cpu) is not installed")
 
-ROOT = Path(__file__).parents[2]
 LONG = 3 * (1 << 16) + 5
 STEP = """
     import torch, warnings
@@ -134,14 +131,11 @@ def test_nobody_s_number_of_threads_changes():
 
 
 def run(script: str, **environment: str) -> str:
-    """Warnings of a fresh process that steps; it must come to its end."""
-    code = textwrap.dedent(STEP) + textwrap.dedent(script)
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    """Warnings of a new process that steps; it must come to its end."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        return run_code(textwrap.dedent(STEP) + textwrap.dedent(script))[1]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
