@@ -10,13 +10,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_stablespam import FourBitCallback, FourBitConfig
-from tests.quant.layers.test_experts import mixture
+from tests.quant.layers.test_experts import FORMATS, mixture
 from tests.trainer.helpers import RandomTokens, arguments, optimizer_of, tiny_llama, training_logs
 
-MIXTURES = {
-    "qwen3_moe": FourBitConfig(activation="int4", group_size=32),
-    "gpt_oss": FourBitConfig(weight="mxfp4", activation="mxfp4"),
-}
 STEPS = 20
 SPIKE_STEP, RESET_INTERVAL = 9, 6
 GLOBAL_BATCH = 4
@@ -89,8 +85,8 @@ def run(
     return trainer
 
 
-def run_mixture(output_dir, family: str, *, fsdp: bool, resume: str | None = None, **overrides) -> Trainer:
-    """Four steps of a mixture, with gradient checkpointing; the first two are saved."""
+def run_mixture(output_dir, family: str, name: str, *, fsdp: bool, resume: str | None = None, **overrides) -> Trainer:
+    """Four steps of a mixture in a format, with gradient checkpointing; the first two are saved."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     options = {
         "max_steps": 4,
@@ -104,7 +100,7 @@ def run_mixture(output_dir, family: str, *, fsdp: bool, resume: str | None = Non
     args = arguments(output_dir, **options)
     if fsdp:
         let_fsdp_run_on_the_cpu(args)
-    callbacks = [FourBitCallback(MIXTURES[family])]
+    callbacks = [FourBitCallback(FORMATS[name])]
     trainer = Trainer(mixture(family), args, train_dataset=RandomTokens(rows=16), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
     return trainer

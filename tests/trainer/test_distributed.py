@@ -10,6 +10,7 @@ from transformers import Trainer
 
 from hf_stablespam.trainer.callbacks.helpers.unwrapping import unwrap
 from tests.processes import run_once, run_processes
+from tests.quant.layers.test_experts import TRAINED
 from tests.trainer import distributed
 
 KINDS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
@@ -50,10 +51,11 @@ def train_on_two(folder: Path) -> None:
 
 def train_mixtures(folder: Path) -> None:
     """On two processes; those of `train_on_two`, so that no others are started."""
-    for family in distributed.MIXTURES:
-        keep(folder, family, distributed.run_mixture(folder / family, family, fsdp=True))
-        again = {"resume": str(folder / family / "checkpoint-2"), "save_strategy": "no"}
-        keep(folder, f"{family} resumed", distributed.run_mixture(folder / "again", family, fsdp=True, **again))
+    for mixture in TRAINED:
+        name = " ".join(mixture)
+        keep(folder, name, distributed.run_mixture(folder / name, *mixture, fsdp=True))
+        again = {"resume": str(folder / name / "checkpoint-2"), "save_strategy": "no"}
+        keep(folder, f"{name} resumed", distributed.run_mixture(folder / "again", *mixture, fsdp=True, **again))
 
 
 def resume_on_one(folder: Path) -> None:
@@ -144,11 +146,11 @@ def test_resuming_on_another_number_of_processes_goes_on_the_same(results, expec
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", distributed.MIXTURES)
-def test_a_mixture_on_two_processes(results, tmp_path, family):
+@pytest.mark.parametrize("mixture", TRAINED, ids=" ".join)
+def test_a_mixture_on_two_processes(results, tmp_path, mixture):
     """FSDP2 with 4-bit experts trains as one process does, and resumes exactly."""
-    two, resumed = load(results, family), load(results, f"{family} resumed")
-    one = distributed.result_of(distributed.run_mixture(tmp_path, family, fsdp=False))
+    two, resumed = load(results, " ".join(mixture)), load(results, f"{' '.join(mixture)} resumed")
+    one = distributed.result_of(distributed.run_mixture(tmp_path, *mixture, fsdp=False))
     assert two["sharded"] == sorted(one["weights"])
     torch.testing.assert_close(two["losses"], one["losses"], rtol=0, atol=1e-4)
     torch.testing.assert_close(two["weights"], one["weights"], rtol=0, atol=1e-4)

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from hf_stablespam import (
     convert_to_4bit,
 )
 from hf_stablespam.quant.layers.experts import FourBitExperts
-from tests.quant.layers.test_experts import TOKENS, mixture
+from tests.quant.layers.test_experts import FORMATS, TOKENS, TRAINED, experts_of, mixture
 from tests.trainer.helpers import optimizer_of, tiny_llama, training_logs
 
 trl = pytest.importorskip("trl", reason="trl is not installed: it is tested by `make test-versions`")
@@ -113,14 +114,23 @@ def test_trains(tmp_path, kind, adapter):
     assert all("gradients/norm" in row for row in rows)
 
 
-MIXTURES = {
-    "qwen3_moe": FourBitConfig(group_size=32, adapters="merged"),
-    "gpt_oss": FourBitConfig(weight="mxfp4", activation="mxfp4", adapters="merged"),
-}
+@pytest.mark.parametrize(("family", "name"), TRAINED)
+def test_sft_of_a_mixture(tmp_path, family, name):
+    rows = Dataset.from_dict({"text": [sentence(i) for i in range(16)]})
+    args = trl.SFTConfig(**options(tmp_path, max_steps=2))
+    common = {"processing_class": tokenizer(), "callbacks": [FourBitCallback(FORMATS[name])]}
+    trainer = trl.SFTTrainer(mixture(family), args=args, train_dataset=rows, **common)
+    experts = experts_of(trainer.model)
+    before = experts.down_proj.detach().clone()
+    trainer.train()
+    assert isinstance(experts, FourBitExperts)
+    assert isinstance(optimizer_of(trainer), StableSPAM)
+    assert experts.down_proj.isfinite().all()
+    assert all(not torch.equal(*pair) for pair in zip(before, experts.down_proj, strict=True)), "an expert stood still"
 
 
-@pytest.mark.parametrize("family", MIXTURES)
-def test_sft_of_a_mixture_with_adapters_on_its_experts(tmp_path, family):
+@pytest.mark.parametrize(("family", "name"), TRAINED)
+def test_sft_of_a_mixture_with_adapters_on_its_experts(tmp_path, family, name):
     """With gradient checkpointing; the merged experts are those of training, and the run resumes exactly."""
     experts = ["experts.gate_up_proj", "experts.down_proj"]
     rows = Dataset.from_dict({"text": [sentence(i) for i in range(16)]})
@@ -128,7 +138,10 @@ def test_sft_of_a_mixture_with_adapters_on_its_experts(tmp_path, family):
     def trainer_of(folder, **more):
         args = trl.SFTConfig(**options(folder, gradient_checkpointing=True, **more))
         lora = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=experts, task_type="CAUSAL_LM")
-        common = {"processing_class": tokenizer(), "callbacks": [FourBitCallback(MIXTURES[family])]}
+        common = {
+            "processing_class": tokenizer(),
+            "callbacks": [FourBitCallback(replace(FORMATS[name], adapters="merged"))],
+        }
         return trl.SFTTrainer(mixture(family), args=args, train_dataset=rows, peft_config=lora, **common)
 
     straight = trainer_of(tmp_path / "straight", save_strategy="steps", save_steps=2)

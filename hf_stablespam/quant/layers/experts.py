@@ -161,7 +161,8 @@ def quantize_experts(weight: Tensor, recipe: Recipe, dtype: torch.dtype, transpo
     """
     weight = weight.detach()
     rows = weight.transpose(1, 2).contiguous() if transposed else weight
-    if rows.is_cuda and not (recipe.weight is not None and recipe.weight.square):
+    at_once = rows.is_cuda or torch.compiler.is_compiling()  # a loop would be written out, expert by expert
+    if at_once and not (recipe.weight is not None and recipe.weight.square):
         amax = rows.abs().amax((1, 2)).view(-1, 1, 1, 1)
         rounded = quantize_weight(rows, recipe, dtype, amax)
     else:  # on a CPU one expert at a time stays in the cache

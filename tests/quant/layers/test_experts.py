@@ -30,6 +30,8 @@ FORMATS = {
     "nvfp4": FourBitConfig.nvfp4(),
     "nvfp4 with gradients": FourBitConfig.nvfp4(gradient=True),
 }
+# What is trained whole, by the Trainer, by TRL and on two processes.
+TRAINED = [(family, name) for family in ("qwen3_moe", "gpt_oss") for name in ("int4", "mxfp4")]
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 TOKENS = torch.arange(24).view(2, 12) % 7  # few kinds of tokens: an expert or two get none
 
@@ -254,18 +256,10 @@ def test_what_is_saved_for_the_backward_pass(cache_weights: bool) -> None:
 
 
 def test_compiled_without_a_graph_break() -> None:
-    model = convert_to_4bit(mixture(), FourBitConfig(group_size=32))
-    expected = model(TOKENS, labels=TOKENS)
-    expected.loss.backward()
-    gradient = experts_of(model).down_proj.grad.clone()
-    model.zero_grad()
-    experts = experts_of(model)
+    experts = experts_of(convert_to_4bit(mixture(), FORMATS["nvfp4"]))
     x, index, weights = routed(experts)
     compiled = torch.compile(experts, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, index, weights), experts(x, index, weights))
-    loss = torch.compile(model, backend="aot_eager")(TOKENS, labels=TOKENS).loss
-    loss.backward()
-    torch.testing.assert_close(experts_of(model).down_proj.grad, gradient)
 
 
 def test_an_implementation_that_would_leave_activations_unrounded_is_refused() -> None:

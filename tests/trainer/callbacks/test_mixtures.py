@@ -1,38 +1,66 @@
-"""A mixture of experts under the Trainer: 4 bits, resume, and figures of its experts."""
+"""A mixture of experts under the Trainer: 4 bits, resume, export, `torch.compile`, and figures of its experts."""
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
-from hf_stablespam import FourBitCallback, FourBitConfig, GradientNormCallback
+from hf_stablespam import FourBitCallback, GradientNormCallback, export_4bit
 from tests.trainer.helpers import tiny_trainer, training_logs
 
 pytest.importorskip("transformers", minversion="5.0", reason="before transformers 5 experts are lists of nn.Linear")
-from tests.quant.layers.test_experts import experts_of, mixture
-
-FORMATS = {"int4": FourBitConfig(group_size=32), "mxfp4": FourBitConfig(weight="mxfp4", activation="mxfp4")}
+from tests.quant.layers.test_experts import FORMATS, TOKENS, TRAINED, experts_of, mixture
 
 
-def trainer_of(folder, family, name, by=None, **options):
+def trainer_of(folder, model, name, by=None, **options):
     callbacks = [FourBitCallback(FORMATS[name]), GradientNormCallback(by=by)]
-    return tiny_trainer(folder, model=mixture(family), callbacks=callbacks, **{"max_steps": 4, **options})
+    return tiny_trainer(folder, model=model, callbacks=callbacks, **{"max_steps": 4, **options})
 
 
-@pytest.mark.parametrize(("family", "name"), [("qwen3_moe", "int4"), ("gpt_oss", "mxfp4")])
-def test_training_resumes_exactly(tmp_path, family, name):
-    straight = trainer_of(tmp_path / "straight", family, name, save_strategy="steps", save_steps=2)
-    straight.train()
-    resumed = trainer_of(tmp_path / "resumed", family, name)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+@pytest.mark.parametrize(("family", "name"), TRAINED)
+def test_training_resumes_exactly_and_comes_out_with_equal_logits(tmp_path, family, name):
+    """In bfloat16 and with gradient checkpointing."""
+    pytest.importorskip("compressed_tensors", reason="export needs it; install the extra 'export'")
+    from tests.quant.export.test_experts import reloaded_logits, weight_only
+
+    def run(folder, resume=None, **options):
+        model = mixture(family)
+        for parameter in model.parameters():  # not the rotary buffers, which a loaded model has in float32
+            parameter.data = parameter.data.bfloat16()
+        trainer = trainer_of(folder, model, name, gradient_checkpointing=True, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    straight = run(tmp_path / "straight", save_strategy="steps", save_steps=2)
+    resumed = run(tmp_path / "resumed", resume=str(tmp_path / "straight" / "checkpoint-2"))
     pairs = zip(straight.model.parameters(), resumed.model.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
     logs = [training_logs(trainer)[-1] for trainer in (straight, resumed)]
     names = [key for key in logs[0] if key.startswith(("gradients/", "experts/"))]
     assert names
     assert [logs[0][key] for key in names] == [logs[1][key] for key in names]
+    export_4bit(straight.model, tmp_path / "4bit")
+    assert torch.equal(reloaded_logits(tmp_path / "4bit"), weight_only(straight.model.eval())(TOKENS).logits)
+
+
+@pytest.mark.parametrize(("family", "name"), TRAINED)
+def test_a_compiled_model_trains_alike_and_is_one_graph(tmp_path, family, name):
+    plain = trainer_of(tmp_path, mixture(family), name, max_steps=2)
+    plain.train()
+    torch._dynamo.reset()
+    counters.clear()
+    # The rounding is traced in all, and its gradient in one of each: it takes as long again.
+    backend = "aot_eager" if (family, name) in TRAINED[::3] else "eager"
+    how = {"torch_compile": True, "torch_compile_backend": backend}
+    compiled = trainer_of(tmp_path, mixture(family), name, max_steps=2, **how)
+    compiled.train()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    pairs = zip(plain.model.parameters(), compiled.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_figures_of_the_experts(tmp_path):
-    trainer = trainer_of(tmp_path, "qwen3_moe", "int4", by="block", logging_steps=2)
+    trainer = trainer_of(tmp_path, mixture(), "int4", by="block", logging_steps=2)
     counts = torch.zeros(4)
 
     def count(module, args):

@@ -78,6 +78,8 @@ class ExpertLoad:
                 counts = self._counts[name]
                 # Places past the last expert belong to other devices.
                 chosen = index.detach().reshape(-1).clamp(max=len(counts))
-                counts += torch.bincount(chosen, minlength=len(counts) + 1)[:-1].to(counts.device)
+                # Not bincount, whose result has a length that torch.compile would have to know.
+                found = torch.zeros(len(counts) + 1, dtype=counts.dtype, device=chosen.device)
+                counts += found.scatter_add(0, chosen, torch.ones_like(chosen))[:-1].to(counts.device)
 
         return count
