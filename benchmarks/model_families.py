@@ -16,6 +16,7 @@ import copy
 import csv
 import inspect
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -80,6 +81,28 @@ ATTEMPTS: tuple[dict[str, Any], ...] = (
     {"num_hidden_layers": 4, "num_key_value_heads": 4},
     {"num_key_value_heads": 4, "head_dim": 32, "expand": 2},
 )
+
+# What some classes need beside the sizes that all share.
+NEEDED: dict[str, dict[str, Any]] = {
+    "Dots1ForCausalLM": {"n_shared_experts": 1},
+    "BeamForCausalLM": {"mlp_layer_types": ["dense", "sparse"]},
+    "FlintForCausalLM": {"mlp_only_layers": []},
+    "ZayaForCausalLM": {"num_experts_per_tok": 1},
+    "KimiLinearForCausalLM": {"linear_head_dim": 16, "linear_num_heads": 4, "num_local_experts": 4},
+    "Gemma4ForCausalLM": {
+        "vocab_size_per_layer_input": 64,
+        "hidden_size_per_layer_input": 16,
+        "enable_moe_block": True,
+        "top_k_experts": 2,
+        "num_kv_shared_layers": 0,
+    },
+    "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0},
+    "DbrxForCausalLM": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
 
 
 class Result(NamedTuple):
@@ -178,11 +201,13 @@ def _trainable(name: str, task: str) -> tuple[Any, str]:
     for overrides in ATTEMPTS:
         for whole in (False, True):  # buffers as well: no loaded model has them so, but some families need it
             try:
-                model = _tiny(getattr(transformers, name), task, overrides)
+                model = _tiny(getattr(transformers, name), task, {**overrides, **NEEDED.get(name, {})})
                 if whole:
                     model = model.bfloat16()
-                for parameter in model.parameters():
-                    parameter.data = parameter.data.bfloat16()
+                kept = model._get_dtype_plan(torch.bfloat16)  # in float32, in a model that was loaded too
+                for key, parameter in model.named_parameters():
+                    if not any(re.search(pattern.replace("*", ".*"), key) for pattern in kept):
+                        parameter.data = parameter.data.bfloat16()
                 model(input_ids=IDS, labels=IDS).loss.backward()
                 model.zero_grad()
             except Exception as error:

@@ -59,7 +59,7 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
 
     Raises:
         ValueError: no layer to convert, a model converted with another configuration, an adapter of PEFT that does not
-            call the layer under it, or a layer whose forward somebody has replaced.
+            call the layer under it, a layer whose forward somebody has replaced, or a GPT-OSS with packed experts.
         TypeError: a weight that is not floating-point.
 
     Example:
@@ -68,6 +68,7 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
         ('FourBitLinear', ['0.bias', '0.weight', '2.bias', '2.weight'])
     """
     config = config or FourBitConfig()
+    _check_experts(model)
     wanted = target_layers(model, config)
     config = with_group_size(config, wanted)
     chosen: dict[str, nn.Linear] = {}
@@ -162,6 +163,16 @@ def left_alone(model: nn.Module) -> list[str]:
             why = f", whose weight {readers[name]} reads itself" if name in readers else ""
             found[f"{re.sub(r'[.][0-9]+(?=[.]|$)', '.*', name)} ({type(module).__name__}{why})"] += 1
     return [text if count == 1 else f"{text} ×{count}" for text, count in found.items()]
+
+
+def _check_experts(model: nn.Module) -> None:
+    """Raise if experts are packed for inference, as transformers keeps GPT-OSS's where it finds kernels for them."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Mxfp4GptOssExperts":
+            raise ValueError(
+                f"{name} must hold its weights as numbers to be trained in 4 bits, got packed MXFP4; load the model"
+                " with from_pretrained(..., quantization_config=Mxfp4Config(dequantize=True)) of transformers"
+            )
 
 
 def _unknown_experts(model: nn.Module) -> set[str]:

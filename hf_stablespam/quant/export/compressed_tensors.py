@@ -30,6 +30,7 @@ from hf_stablespam.quant.export.experts import (
     pack_experts,
     stays_unpacked,
 )
+from hf_stablespam.quant.export.gpt_oss import QUANTIZATION_CONFIG, has_native_layout, pack_native
 from hf_stablespam.quant.export.packing import compressed_tensors_scheme, pack_weight
 from hf_stablespam.quant.export.sequential_experts import take_apart
 from hf_stablespam.quant.export.split_weights import splits_others
@@ -57,6 +58,9 @@ def export_4bit(
     Plain ``AutoModelForCausalLM.from_pretrained(directory)`` loads it (with compressed-tensors installed), as do
     inference engines. In bfloat16 its weights are exactly those that the forward pass of training used. (transformers
     before 5 rounds NVFP4's global scale while loading, and cannot load ``int4_asym``.)
+
+    A GPT-OSS with ``mxfp4`` weights is written in the layout that it is shipped in (``quant_method: mxfp4``), unless
+    `activations` is set: its experts packed, its other 4-bit layers as the same numbers in `dtype`.
 
     A pruned model whose layers differ in width is for `load_pruned` of `hf_stablespam.recipes.adapt_pruner` instead.
 
@@ -88,7 +92,8 @@ def export_4bit(
     layers = four_bit_layers(model)
     quantizer = config.quantizer("weight")
     assert quantizer is not None  # check_packable refuses weight=None
-    unpacked = set(unpackable(layers, quantizer.group_size))
+    native = not activations and has_native_layout(model, config)
+    unpacked = set(layers if native else unpackable(layers, quantizer.group_size))
     scheme = compressed_tensors_scheme(quantizer, config.activation if activations else None)
     amax = input_amax(model, layers, calibration) if activations and config.activation == "nvfp4" else {}
     tensors = whole_state_dict(model, dtype)
@@ -106,16 +111,19 @@ def export_4bit(
             tensors.update({f"{prefix}{key}": value.contiguous() for key, value in packed.items()})
     apart = take_apart(model, tensors)
     rounds_experts = stays_unpacked(model, config, quantizer.group_size) is not None or has_plain_experts(model)
-    tensors.update(expert_tensors(model, dtype, rounded=rounds_experts))
+    if native:
+        pack_native(model, tensors, quantizer, scheme)
+    else:
+        tensors.update(expert_tensors(model, dtype, rounded=rounds_experts))
     if is_main_process:
-        quantization = _quantization_config(model, scheme, unpacked, apart)
+        quantization = QUANTIZATION_CONFIG if native else _quantization_config(model, scheme, unpacked, apart)
         with atomic_folder(directory) as folder:
             _save(model, folder, tensors, quantization, dtype, rounds_experts)
-            if not rounds_experts and splits_others(folder, tensors):
+            if not rounds_experts and not native and splits_others(folder, tensors):
                 rounds_experts = bool(four_bit_experts(model))
                 tensors.update(expert_tensors(model, dtype, rounded=True))
                 _save(model, folder, tensors, quantization, dtype, True)
-            if four_bit_experts(model) and not rounds_experts:
+            if four_bit_experts(model) and not rounds_experts and not native:
                 packed_experts = pack_experts(folder, model, quantizer, scheme, dtype)
                 rounds_experts = not packed_experts
                 if packed_experts is None:

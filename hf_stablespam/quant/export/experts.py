@@ -2,8 +2,9 @@
 
 A checkpoint of most mixtures holds one matrix for each expert (``…experts.3.down_proj.weight``), which transformers
 puts together while loading and takes apart while saving. Each of them is packed as a linear layer's weight is, after
-the model has written itself. Families whose checkpoints hold all experts in one tensor (GPT-OSS, Granite), and formats
-whose packed experts transformers does not read right, get the rounded numbers under the model's own names instead.
+the model has written itself. Families whose checkpoints hold all experts in one tensor (Granite; GPT-OSS but in MXFP4,
+see `gpt_oss`), and formats whose packed experts transformers does not read right, get the rounded numbers under the
+model's own names instead.
 """
 
 from __future__ import annotations

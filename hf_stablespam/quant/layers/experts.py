@@ -86,16 +86,17 @@ class FourBitExperts(nn.Module):
         """Drop the 4-bit weights that a `fixed_weights` block keeps; outside of one there are none."""
         self._kept: dict[tuple[str, torch.dtype], tuple[Any, Tensor]] = {}
 
-    def quantized(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def quantized(self, name: str, dtype: torch.dtype | None = None, used: list[int] | None = None) -> Tensor:
         """A weight on its 4-bit grid, as the forward pass uses it, laid out as the parameter.
 
         Args:
             name: ``"gate_up_proj"``, ``"up_proj"`` or ``"down_proj"``.
             dtype: dtype of the product; default: that of the weight.
+            used: see `quantize_experts`.
         """
         with torch.inference_mode(False), torch.no_grad():
             weight = getattr(self, name)
-            return quantize_experts(weight, self.recipe, dtype or weight.dtype, transposed=bool(self.is_transposed))
+            return quantize_experts(weight, self.recipe, dtype or weight.dtype, bool(self.is_transposed), used)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Apply each token's experts.
@@ -122,7 +123,7 @@ class FourBitExperts(nn.Module):
                 f"experts_implementation must be 'eager', 'batched_mm' or 'grouped_mm' for 4-bit activations, got "
                 f"{implementation!r}, which rounds nothing between the products; set one of these, or activation=None"
             )
-        stand_in = StandIn(self, dtype)
+        stand_in = StandIn(self, dtype, used_experts(index, self.num_experts))
         with stand_in.rounded_again_in_backward():
             return self.original_class.forward(stand_in, StraightThrough.apply(x, recipe.activation), index, weights)
 
@@ -130,11 +131,11 @@ class FourBitExperts(nn.Module):
         """Whether 4-bit weights are saved for the backward pass, rather than made there again (FSDP2 frees its own)."""
         return self.four_bit.cache_weights and not hasattr(self, "unshard")
 
-    def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
-        """`quantized`, kept while a `fixed_weights` block is open."""
+    def _weight(self, name: str, dtype: torch.dtype, used: list[int] | None) -> Tensor:
+        """`quantized`; while a `fixed_weights` block is open all experts, kept."""
         source = getattr(self, name)
         if not self._fixed or source.is_inference():
-            return self.quantized(name, dtype)
+            return self.quantized(name, dtype, used)
         key = (source, source._version, source.data_ptr())
         kept = self._kept.get((name, dtype))
         if kept is None or kept[0][0] is not source or kept[0][1:] != key[1:]:
@@ -150,7 +151,21 @@ class FourBitExperts(nn.Module):
         return f"weight={config.weight}, activation={config.activation}, gradient={config.gradient}"
 
 
-def quantize_experts(weight: Tensor, recipe: Recipe, dtype: torch.dtype, transposed: bool) -> Tensor:
+def used_experts(index: Tensor, count: int) -> list[int] | None:
+    """The experts that tokens go to, or `None` where asking would make a device wait or end a compiled graph.
+
+    Args:
+        index: which experts each token goes to; places past the last expert are of experts on other devices.
+        count: number of experts.
+    """
+    if index.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    return [expert for expert in index.unique().tolist() if expert < count]
+
+
+def quantize_experts(
+    weight: Tensor, recipe: Recipe, dtype: torch.dtype, transposed: bool, used: list[int] | None = None
+) -> Tensor:
     """The weights (experts, out, in) of all experts as their products use them, in `dtype`.
 
     Args:
@@ -158,17 +173,20 @@ def quantize_experts(weight: Tensor, recipe: Recipe, dtype: torch.dtype, transpo
         recipe: what to do.
         dtype: of the product.
         transposed: see `weight`.
+        used: the experts that are needed, on a CPU; the others are zeros. Default: all.
     """
     weight = weight.detach()
-    rows = weight.transpose(1, 2).contiguous() if transposed else weight
+    rows = weight.transpose(1, 2) if transposed else weight
     at_once = rows.is_cuda or torch.compiler.is_compiling()  # a loop would be written out, expert by expert
     if at_once and not (recipe.weight is not None and recipe.weight.square):
+        rows = rows.contiguous()
         amax = rows.abs().amax((1, 2)).view(-1, 1, 1, 1)
         rounded = quantize_weight(rows, recipe, dtype, amax)
     else:  # on a CPU one expert at a time stays in the cache
-        rounded = torch.empty_like(rows, dtype=dtype)
-        for one, result in zip(rows.unbind(0), rounded.unbind(0), strict=True):
-            result.copy_(quantize_weight(one, recipe, dtype))
+        rounded = torch.zeros(rows.shape, dtype=dtype, device=rows.device)
+        matrices, results = rows.unbind(0), rounded.unbind(0)
+        for expert in range(len(rows)) if used is None else used:
+            results[expert].copy_(quantize_weight(matrices[expert].contiguous(), recipe, dtype))
     return rounded.transpose(1, 2) if transposed else rounded
 
 

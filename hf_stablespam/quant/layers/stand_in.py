@@ -31,14 +31,20 @@ class _MasterGradient(torch.autograd.Function):
 
 
 class StandIn:
-    """What transformers' implementations take for the module: rounded weights, a gate that rounds, the rest as is."""
+    """What transformers' implementations take for the module: rounded weights, a gate that rounds, the rest as is.
 
-    def __init__(self, experts: Any, dtype: torch.dtype) -> None:
-        self._experts, self._dtype = experts, dtype
+    Args:
+        experts: the module.
+        dtype: of the products.
+        used: the experts whose weights are needed; `None`: all.
+    """
+
+    def __init__(self, experts: Any, dtype: torch.dtype, used: list[int] | None) -> None:
+        self._experts, self._dtype, self._used = experts, dtype, used
         self._rounded: dict[str, Tensor] = {}
         for name in weight_names(experts):
             master = getattr(experts, name)
-            self._rounded[name] = experts._weight(name, dtype)
+            self._rounded[name] = experts._weight(name, dtype, used)
             setattr(self, name, _MasterGradient.apply(master, self._rounded[name]))
             if experts.has_bias:
                 setattr(self, f"{name}_bias", getattr(experts, f"{name}_bias").to(dtype))
@@ -65,7 +71,7 @@ class StandIn:
 
         # Nothing of the stand-in is in these functions, which live as long as what they have packed.
         storages = {rounded.untyped_storage().data_ptr(): name for name, rounded in self._rounded.items()}
-        experts, dtype = self._experts, self._dtype
+        experts, dtype, used = self._experts, self._dtype, self._used
 
         def pack(tensor: Tensor) -> Any:
             name = storages.get(tensor.untyped_storage().data_ptr())
@@ -75,7 +81,7 @@ class StandIn:
             if isinstance(packed, Tensor):
                 return packed
             name, *layout = packed
-            return experts.quantized(name, dtype).as_strided(*layout)
+            return experts.quantized(name, dtype, used).as_strided(*layout)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield

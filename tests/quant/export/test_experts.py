@@ -6,10 +6,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_stablespam import FourBitConfig, convert_to_4bit, export_4bit
-from tests.quant.layers.test_experts import FAMILIES, TOKENS, experts_of, mixture
+from tests.quant.layers.test_experts import FAMILIES, SHAPE, TOKENS, experts_of, mixture
 
 pytest.importorskip("compressed_tensors", reason="export needs it; install the extra 'export'")
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
+from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
 PACKED = {"int4": FourBitConfig(group_size=32), "mxfp4": FourBitConfig(weight="mxfp4", activation="mxfp4")}
 ROUNDED = {"nvfp4": FourBitConfig.nvfp4(), "int4_asym": FourBitConfig(weight="int4_asym", group_size=32)}
@@ -56,6 +57,7 @@ def test_a_plain_reload_has_the_trained_logits(tmp_path, family: str, name: str)
     names = expert_names(tmp_path)
     packs = name in PACKED and family != "gpt_oss"  # whose checkpoints hold all experts in one tensor
     assert sum(other.endswith(".weight_packed") for other in names) == (12 if packs else 0)
+    assert sum(other.endswith("_blocks") for other in names) == (2 if (family, name) == ("gpt_oss", "mxfp4") else 0)
     assert not any(other.endswith(".weight") for other in names)
 
 
@@ -93,3 +95,31 @@ def test_a_mixture_whose_experts_alone_are_converted(tmp_path) -> None:
     model = trained(FourBitConfig(group_size=32, target_modules=("experts",)))
     export_4bit(model, tmp_path)
     assert torch.equal(reloaded_logits(tmp_path), weight_only(model)(TOKENS).logits)
+
+
+def test_a_router_that_transformers_keeps_in_float32_is_stored_so(tmp_path) -> None:
+    sizes = {"intermediate_size": 32, "moe_intermediate_size": 32, "n_routed_experts": 4, "n_shared_experts": 1}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("dots1", **SHAPE, **sizes)).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16).eval()
+    model.set_experts_implementation("grouped_mm")
+    router = model.model.layers[0].mlp.gate
+    assert router.weight.dtype is torch.float32
+    router.weight.data.normal_()
+    export_4bit(convert_to_4bit(model, PACKED["int4"]), tmp_path / "4bit")
+    assert torch.equal(reloaded_logits(tmp_path / "4bit"), weight_only(model)(TOKENS).logits)
+
+
+def test_training_goes_on_from_a_native_checkpoint_of_gpt_oss(tmp_path) -> None:
+    """What it was loaded with is on the grid already, and stays what it is."""
+    export_4bit(trained(PACKED["mxfp4"], "gpt_oss"), tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    loaded = experts_of(model).gate_up_proj.detach().clone()
+    convert_to_4bit(model, PACKED["mxfp4"])
+    assert torch.equal(experts_of(model).quantized("gate_up_proj"), loaded)
+
+
+def test_packed_experts_are_refused_before_training() -> None:
+    model = mixture("gpt_oss")
+    model.model.layers[0].mlp.experts = Mxfp4GptOssExperts(model.config)
+    with pytest.raises(ValueError, match=r"experts must hold its weights as numbers .*Mxfp4Config\(dequantize=True\)"):
+        convert_to_4bit(model, PACKED["mxfp4"])

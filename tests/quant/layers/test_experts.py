@@ -232,6 +232,24 @@ def test_checkpointing_autocast_and_nothing_kept_give_the_same(implementation: s
 
 
 @pytest.mark.parametrize("cache_weights", [True, False])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_experts_without_a_token_are_not_rounded(monkeypatch, implementation: str, cache_weights: bool) -> None:
+    """Nor are they made again for the backward pass."""
+    from hf_stablespam.quant.layers import experts as layer
+    from hf_stablespam.quant.layers import matmul
+
+    model = convert_to_4bit(mixture(implementation=implementation), FourBitConfig(cache_weights=cache_weights))
+    experts, rounded = experts_of(model), set()
+    masters = [row.data_ptr() for name in weight_names(experts) for row in getattr(experts, name)]
+    original = matmul.quantize_weight
+    for module in (layer, matmul):
+        monkeypatch.setattr(module, "quantize_weight", lambda *a: rounded.add(a[0].data_ptr()) or original(*a))
+    x, index, weights = routed(experts)
+    experts(x, index, weights).sum().backward()
+    assert rounded == {masters[place] for place in (0, 1, 2, 4, 5, 6)}  # three of four, of two weights
+
+
+@pytest.mark.parametrize("cache_weights", [True, False])
 def test_what_is_saved_for_the_backward_pass(cache_weights: bool) -> None:
     """A rounded copy of the weights, or nothing of their size."""
     model = convert_to_4bit(mixture(), FourBitConfig(group_size=32, activation=None, cache_weights=cache_weights))
