@@ -22,7 +22,8 @@ import torch.multiprocessing as mp
 from filelock import FileLock
 
 TIMEOUT = timedelta(minutes=3)
-multiprocessing.set_forkserver_preload(
+FORKSERVER = multiprocessing.get_context("forkserver")  # one for all tests of a worker
+FORKSERVER.set_forkserver_preload(
     ["torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "transformers.trainer", "peft"]
 )
 
@@ -74,12 +75,22 @@ def run_code(code: str, *arguments: object) -> tuple[str, str]:
     """
     with TemporaryDirectory() as folder:
         given = (dedent(code), [str(argument) for argument in arguments], dict(os.environ), folder)
-        process = multiprocessing.get_context("forkserver").Process(target=_execute, args=given)
+        process = FORKSERVER.Process(target=_execute, args=given)
         process.start()
         process.join(TIMEOUT.total_seconds())
         written, errors = ((Path(folder) / name).read_text() for name in STREAMS)
     assert process.exitcode == 0, errors
     return written, errors
+
+
+def run_module(module: str, *arguments: object) -> tuple[str, str]:
+    """What `python -m module *arguments` writes to stdout and stderr, in such a process."""
+    code = f"""
+        import runpy, sys
+        sys.path.insert(0, "")
+        runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
+    """
+    return run_code(code, *arguments)
 
 
 STREAMS = ("stdout", "stderr")

@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import classify
@@ -12,6 +10,8 @@ import monitor_adamw
 import plain_trainer
 import pytest
 import rescue
+
+from tests.processes import run_module
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUIET = ["--smoke", "--report_to", "none", "--disable_tqdm", "True", "--use_cpu", "True"]
@@ -105,9 +105,7 @@ def test_the_plain_script_knows_nothing_of_us(tmp_path):
 
 @pytest.mark.slow
 def test_the_plain_script_under_the_launcher(tmp_path):
-    command = [sys.executable, "-m", "hf_stablespam", "--four-bit", "int4", "--gradient-norms"]
-    command += [str(EXAMPLES / "plain_trainer.py"), "--output_dir", str(tmp_path), *QUIET, "--logging_steps", "1"]
-    command += ["--optim", "stable_spam", "--max_grad_norm", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=EXAMPLES.parent)
-    assert done.returncode == 0, done.stderr
+    script = [EXAMPLES / "plain_trainer.py", "--output_dir", tmp_path, *QUIET, "--logging_steps", "1"]
+    script += ["--optim", "stable_spam", "--max_grad_norm", "0"]
+    run_module("hf_stablespam", "--four-bit", "int4", "--gradient-norms", *script)
     assert all("gradients/clipped" in row for row in logs(tmp_path))

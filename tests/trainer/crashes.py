@@ -1,6 +1,5 @@
 """Runs that are killed with SIGKILL at a chosen moment, in processes of their own."""
 
-import multiprocessing
 import os
 import random
 import signal
@@ -13,6 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerState, modeling_utils
 
 from hf_stablespam import FourBitCallback, FourBitConfig, GradientNormCallback, last_complete_checkpoint
+from tests.processes import FORKSERVER
 from tests.trainer.helpers import RandomTokens, arguments, optimizer_of, tiny_llama
 
 STEPS, SAVE_STEPS = 12, 3
@@ -98,10 +98,8 @@ def attempt(output_dir: Path, kind: str = "training", countdown: int | None = No
 
 
 def in_new_process(*arguments_of_attempt: object) -> int:
-    """Exit code of an attempt; −9 if it was killed. Forked from a process that has everything imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=attempt, args=arguments_of_attempt)
+    """Exit code of an attempt; −9 if it was killed."""
+    process = FORKSERVER.Process(target=attempt, args=arguments_of_attempt)
     process.start()
     process.join()
     return process.exitcode

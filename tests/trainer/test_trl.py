@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +25,7 @@ from hf_stablespam import (
     convert_to_4bit,
 )
 from hf_stablespam.quant.layers.experts import FourBitExperts
+from tests.processes import run_module
 from tests.quant.layers.test_experts import FORMATS, TOKENS, TRAINED, experts_of, mixture
 from tests.trainer.helpers import optimizer_of, tiny_llama, training_logs
 
@@ -159,7 +158,7 @@ def test_sft_of_a_mixture_with_adapters_on_its_experts(tmp_path, family, name):
 
 
 @pytest.mark.slow
-def test_the_command_line_under_the_launcher(tmp_path):
+def test_the_command_line_under_the_launcher(tmp_path, monkeypatch):
     """`trl sft` parses its arguments in the parent and again in a child that `accelerate launch` starts."""
     base_model(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
@@ -168,17 +167,10 @@ def test_the_command_line_under_the_launcher(tmp_path):
     (tmp_path / "data" / "train.jsonl").write_text("\n".join(rows))
     flags = options(tmp_path / "out", model_name_or_path=tmp_path / "base", dataset_name=tmp_path / "data")
     flags |= {"report_to": "none", "save_strategy": "steps"}
-    command = [sys.executable, "-m", "hf_stablespam", "--gradient-norms", "--four-bit", "int4"]
-    command += [str(Path(sys.executable).parent / "trl"), "sft"]
+    command = [Path(sys.executable).parent / "trl", "sft"]
     command += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    run_module("hf_stablespam", "--gradient-norms", "--four-bit", "int4", *command)
     state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
     assert all(row["gradients/clipped"] >= 0 for row in state["log_history"] if "loss" in row)
 

@@ -11,20 +11,20 @@ from transformers.trainer_callback import CallbackHandler
 
 from hf_stablespam import FourBitConfig, MomentumResetCallback
 from hf_stablespam.trainer.launcher.attach import LaunchOptions, attach_callbacks, four_bit_config
+from tests.processes import run_code, run_module
 from tests.trainer.helpers import tiny_trainer
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = Path(__file__).parent / "plain_script.py"
 
 
-def launch(*arguments, cwd=None, environment=None, python=("-m", "hf_stablespam")):
+def launch(*arguments, environment=None):
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
-        [sys.executable, *python, *map(str, arguments)],
+        [sys.executable, "-m", "hf_stablespam", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
-        cwd=cwd,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **(environment or {})},
     )
 
@@ -44,36 +44,30 @@ def training_flags(output, **more):
     return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
 
 
-def train(output, *own, target=(SCRIPT,), **options):
-    done = launch(*own, *target, *training_flags(output, **options.pop("flags", {})), **options)
-    assert done.returncode == 0, done.stderr
+def training_rows(output):
     state = json.loads((output / "trainer_state.json").read_text())
-    return done.stdout, [row for row in state["log_history"] if "loss" in row]
+    return [row for row in state["log_history"] if "loss" in row]
 
 
 @pytest.mark.slow
 def test_a_script_gets_the_optimizer_and_the_callbacks(tmp_path):
+    """In a process that has transformers already; those below have not. `test_launch.py` of the examples has two."""
     own = ("--four-bit", "int4", "--gradient-norms", "--reset-every", "2")
-    printed, rows = train(tmp_path, *own)
+    printed, _ = run_module("hf_stablespam", *own, SCRIPT, *training_flags(tmp_path))
     assert "argv0 plain_script.py\npath0 launcher\noptimizer StableSPAM\n" in printed
     assert "layers FourBitLinear Linear\n" in printed
+    rows = training_rows(tmp_path)
     assert [row["momentum/resets"] for row in rows] == [0, 1, 0, 1]
     assert all(row["gradients/norm"] > 0 for row in rows)
 
 
 @pytest.mark.slow
-def test_a_module_without_callbacks_and_with_spawned_workers(tmp_path):
-    printed, rows = train(
-        tmp_path / "out",
-        target=("-m", "plain_script"),
-        cwd=SCRIPT.parent,
-        flags={
-            "dataloader_num_workers": 1,
-            "per_device_train_batch_size": 4,
-        },
-    )
+def test_a_module_without_callbacks_and_with_spawned_workers(tmp_path, monkeypatch):
+    monkeypatch.chdir(SCRIPT.parent)
+    flags = training_flags(tmp_path, dataloader_num_workers=1, per_device_train_batch_size=4)
+    printed, _ = run_module("hf_stablespam", "-m", "plain_script", *flags)
     assert "optimizer StableSPAM\nparameters Parameter\nlayers Linear\n" in printed
-    assert not [key for key in rows[0] if "/" in key]
+    assert not [key for key in training_rows(tmp_path)[0] if "/" in key]
 
 
 @pytest.mark.slow
@@ -85,35 +79,13 @@ def test_processes_that_the_script_starts_are_reached(tmp_path):
         "import subprocess, sys\nsubprocess.run([sys.executable, *sys.argv[1:]], check=True)\n"
     )
     site = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
-    printed, rows = train(
-        tmp_path / "out",
-        "--gradient-norms",
-        target=(tmp_path / "parent.py", SCRIPT),
-        environment={"PYTHONPATH": site},
-    )
+    target = (tmp_path / "parent.py", SCRIPT, *training_flags(tmp_path / "out"))
+    done = launch("--gradient-norms", *target, environment={"PYTHONPATH": site})
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout
     assert printed.count("still here") == 2
     assert "optimizer StableSPAM" in printed
-    assert "gradients/norm" in rows[0]
-
-
-@pytest.mark.slow
-def test_under_accelerate(tmp_path):
-    """With DDP, from a folder that knows nothing of the package but by `PYTHONPATH`. `test_launch.py` of the examples
-    has torchrun, and FSDP2."""
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no")
-    printed, rows = train(
-        tmp_path / "out",
-        "--gradient-norms",
-        "--four-bit",
-        "int4",
-        python=(*launcher, "--main_process_port", "0", "-m", "hf_stablespam"),
-        flags={"per_device_train_batch_size": 2},
-        cwd=tmp_path,
-    )
-    assert printed.count("optimizer StableSPAM\nparameters Parameter\nlayers ") == 2
-    assert printed.count("FourBitLinear") == 2
-    assert len(rows) == 4
-    assert all(row["gradients/norm"] > 0 for row in rows)
+    assert "gradients/norm" in training_rows(tmp_path / "out")[0]
 
 
 def test_four_bit_takes_a_json_object_or_file(tmp_path):
@@ -125,8 +97,15 @@ def test_four_bit_takes_a_json_object_or_file(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import os; print(os.environ['HF_STABLESPAM_LAUNCH'])")
     for given in (text, tmp_path / "four_bit.json"):
-        done = launch("--four-bit", given, script)  # which builds no Trainer
-        assert json.loads(done.stdout)["four_bit"] == text
+        code = """
+            import sys
+            from hf_stablespam.trainer.launcher.launch import main
+            try:
+                main(["--four-bit", *sys.argv[1:]])
+            except SystemExit:  # the script builds no Trainer
+                pass
+        """
+        assert json.loads(run_code(code, given, script)[0])["four_bit"] == text
 
 
 def test_help_names_flags_and_examples():

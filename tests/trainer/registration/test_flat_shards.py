@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
@@ -13,6 +11,7 @@ from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
 from hf_stablespam.trainer.registration.flat_shards import fsdp_version, refuse_flat_shards, zero_stage
+from tests.processes import run_code
 from tests.trainer.helpers import arguments, tiny_trainer
 
 INSTEAD = r"; use FSDP2 \(fsdp_version: 2 in accelerate's file, or fsdp_config=.*\), DDP, or DeepSpeed stage 0"
@@ -102,7 +101,10 @@ def test_deepspeed_of_accelerate_launch_counts(args):
 
 
 EVERYBODY = """
-import sys
+import importlib, sys
+import transformers.integrations.deepspeed
+sys.path.insert(0, sys.argv[2])
+importlib.reload(transformers.integrations.deepspeed)  # which asked at its import
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from hf_stablespam import GradientNormCallback, MomentumResetCallback, SpikeRecorder, StabilizeCallback
 from hf_stablespam.trainer.registration.factory import optimizer_cls_and_kwargs
@@ -130,7 +132,7 @@ for kind, options in kinds.items():
 """
 
 
-def test_through_training_arguments_with_a_stand_in_for_deepspeed(tmp_path):
+def test_through_training_arguments_with_a_stand_in_for_deepspeed(tmp_path, monkeypatch):
     """transformers asks for the package's name and version only, as long as nothing is trained."""
     packages = tmp_path / "packages"
     (packages / "deepspeed").mkdir(parents=True)
@@ -138,15 +140,10 @@ def test_through_training_arguments_with_a_stand_in_for_deepspeed(tmp_path):
     (packages / "deepspeed-0.18.2.dist-info").mkdir()
     metadata = "Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.18.2\n"
     (packages / "deepspeed-0.18.2.dist-info" / "METADATA").write_text(metadata)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(packages), *sys.path])}
     if int(transformers.__version__.split(".")[0]) < 5:
-        environment["FSDP_VERSION"] = "1"
-    command = [sys.executable, "-c", EVERYBODY, str(tmp_path / "out")]
-    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert shown.returncode == 0, shown.stderr
-    said = {
-        tuple(line.split("|")[:2]): line.split("|")[2] for line in shown.stdout.splitlines() if line.count("|") == 2
-    }
+        monkeypatch.setenv("FSDP_VERSION", "1")
+    shown, _ = run_code(EVERYBODY, tmp_path / "out", packages)
+    said = {tuple(line.split("|")[:2]): line.split("|")[2] for line in shown.splitlines() if line.count("|") == 2}
     names = {name for _, name in said}
     assert names == {
         *("stable_spam", "StabilizeCallback", "GradientNormCallback", "SpikeRecorder", "MomentumResetCallback")
