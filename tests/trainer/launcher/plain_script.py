@@ -23,7 +23,7 @@ def main():
 
     (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
     if args.dataloader_num_workers:
-        torch.multiprocessing.set_start_method("spawn")
+        torch.multiprocessing.set_start_method("spawn", force=True)
     config = LlamaConfig(
         vocab_size=32,
         hidden_size=16,
