@@ -59,4 +59,5 @@ def test_the_demo_goes_on_record_from_its_folder(tmp_path):
         (4.4, 4.4, 20),
         (4.1, 4.4, 10),
     ]
-    assert rows[0]["optimizer"] == "AdamW + clipping" and rows[0]["seconds"] == 7.2
+    assert rows[0]["optimizer"] == "AdamW + clipping"
+    assert rows[0]["seconds"] == 7.2
