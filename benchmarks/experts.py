@@ -1,13 +1,15 @@
 """What 4-bit experts cost beside transformers' own, forward and backward, in each implementation.
 
     python benchmarks/experts.py                               # rows in results/experts.csv
+    python benchmarks/experts.py --experts 64 --tokens 4 --implementations grouped_mm --round-all
     python benchmarks/experts.py --experts 8 --tokens 64 --repeats 3 --dry-run
 
 One block of experts of a Qwen3-MoE, two experts for a token. Blocks take turns; the median is given, in
 processor time of one thread, so that other load disturbs little. The weights are
 rounded anew in each pass, as in training. `peak_weights` is the most memory that a pass holds at once beyond
 parameters and gradients, in units of the block's weights, so that one rounded copy is 1; an unconverted block's are
-its activations. With few tokens (`--tokens 4`) most experts get none: ``eager`` rounds only the others' weights.
+its activations. With few tokens (`--tokens 4`) most experts get none, and only the others are rounded, unless
+`--round-all` asks for all.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks._record import append_rows, quantile
 from hf_stablespam import FourBitConfig, convert_to_4bit
+from hf_stablespam.quant.layers import experts as layer
 from hf_stablespam.quant.layers.experts import is_experts, weight_names
 
 TOP_K = 2
@@ -91,10 +94,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4, 512])
     parser.add_argument("--width", type=int, default=256, help="of hidden states and inside of an expert")
     parser.add_argument("--implementations", nargs="+", default=["grouped_mm", "eager"], help="batched_mm is slow")
+    parser.add_argument("--round-all", action="store_true", help="experts without a token too (not with eager)")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--dry-run", action="store_true", help="print and do not record")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.round_all:
+        layer.used_experts = lambda index, count: None
     for experts in options.experts:
         for tokens in options.tokens:
             passes = {
@@ -107,7 +113,10 @@ def main() -> None:
             for (implementation, name), one in passes.items():
                 median = quantile(seconds[implementation, name], 0.5)
                 row = {"experts": experts, "tokens": tokens, "width": options.width, "implementation": implementation}
-                row |= {"config": name, "cpu_ms": round(1000 * median, 1)}
+                row |= {
+                    "config": f"{name}, all rounded" if options.round_all else name,
+                    "cpu_ms": round(1000 * median, 1),
+                }
                 plain = quantile(seconds[implementation, "plain"], 0.5)
                 rows.append({**row, "ratio": round(median / plain, 2), "peak_weights": round(one.peak_weights(), 2)})
             if options.dry_run:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_stablespam import FourBitConfig, convert_to_4bit, restore_linear
+from hf_stablespam import FourBitConfig, StableSPAM, convert_to_4bit, restore_linear
 from hf_stablespam.quant.layers.experts import FourBitExperts, is_experts, weight_names
 from hf_stablespam.quant.layers.linear import fixed_weights
 from hf_stablespam.quant.parameter_counts import parameter_counts
@@ -173,6 +173,20 @@ def test_a_model_trains_and_is_restored(name: str) -> None:
     restore_linear(model)
     assert type(experts_of(model)) is original
     assert not [name for name in vars(experts_of(model)) if name in ("four_bit", "recipe", "_kept", "_fixed")]
+
+
+def test_an_expert_that_never_got_a_token_stays_where_it_is() -> None:
+    """Without weight decay, under Stable-SPAM: a slice of zeros in a gradient that is scaled and clipped as a whole."""
+    experts = experts_of(convert_to_4bit(mixture(), FORMATS["int4"]))
+    before = experts.down_proj.detach().clone()
+    optimizer = StableSPAM(experts.parameters(), lr=1e-2, weight_decay=0.0, reset_interval=2)
+    for step in range(5):
+        x, index, weights = routed(experts)
+        (experts(x, index, weights).sum() * 100**step).backward()  # spikes
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = (experts.down_proj != before).any(-1).any(-1)
+    assert moved.tolist() == [True, True, True, False]
 
 
 def test_routers_stay_and_experts_can_be_excluded() -> None:
