@@ -152,6 +152,12 @@ def restore_linear(model: ModelT) -> ModelT:
 convert_from_4bit = restore_linear
 
 
+def configuration_of(model: nn.Module) -> FourBitConfig | None:
+    """What a model was converted with; None where nothing of it is in 4 bits."""
+    converted = (module for module in model.modules() if isinstance(module, FourBitLinear | FourBitExperts))
+    return next((module.four_bit for module in converted), None)
+
+
 def left_alone(model: nn.Module) -> list[str]:
     """What has a weight matrix and is not converted: ``name (type)``, layers of all blocks under one name."""
     found: Counter[str] = Counter()

@@ -10,10 +10,10 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
 from transformers import Trainer
 
-from hf_stablespam.quant import FourBitLinear, convert_to_4bit
+from hf_stablespam.quant import convert_to_4bit
+from hf_stablespam.quant.convert import configuration_of
 from hf_stablespam.trainer.patching import patch
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,9 @@ def convert_reference(trainer: Any) -> None:
         ValueError: its log-probabilities have been computed already, in high precision.
     """
     reference = getattr(trainer, "ref_model", None)
-    config = _config_of(trainer.model)
-    if reference is None or config is None or _config_of(reference) is not None:
+    # With `model_init` there is no model before the training.
+    config = None if trainer.model is None else configuration_of(trainer.model)
+    if reference is None or config is None or configuration_of(reference) is not None:
         return
     if getattr(trainer, "precompute_ref_logps", False) or getattr(trainer.args, "precompute_ref_log_probs", False):
         raise ValueError(
@@ -51,9 +52,3 @@ def convert_reference(trainer: Any) -> None:
         )
     logger.info("the reference model is converted as the model is")
     convert_to_4bit(trainer.accelerator.unwrap_model(reference), config)
-
-
-def _config_of(model: nn.Module | None) -> Any:
-    if model is None:  # a Trainer with `model_init` before its training
-        return None
-    return next((module.four_bit for module in model.modules() if isinstance(module, FourBitLinear)), None)

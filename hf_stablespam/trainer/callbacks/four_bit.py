@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import GenerationMixin, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, export_4bit, export_gguf, fixed_weights
+from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit, export_gguf, fixed_weights
+from hf_stablespam.quant.convert import configuration_of
 from hf_stablespam.quant.export.checks import check_packable
 from hf_stablespam.quant.export.gguf.checks import check_gguf
 from hf_stablespam.trainer.callbacks.helpers.uncalled_layers import refuse_uncalled_layers
@@ -115,8 +116,7 @@ class FourBitCallback(TrainerCallback):
     def _convert(self, model: Any) -> None:
         """Convert; a model that came converted keeps its configuration, unless the callback was given one."""
         if self._is_default:
-            converted = [module.four_bit for module in model.modules() if isinstance(module, FourBitLinear)]
-            self.config = converted[0] if converted else self.config
+            self.config = configuration_of(model) or self.config
         convert_to_4bit(model, self.config)
 
     def _gguf_file(self, args: TrainingArguments) -> Path | None:

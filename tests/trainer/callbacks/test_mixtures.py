@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from hf_stablespam import FourBitCallback, GradientNormCallback, export_4bit
+from hf_stablespam import FourBitCallback, FourBitConfig, GradientNormCallback, convert_to_4bit, export_4bit
 from tests.trainer.helpers import tiny_trainer, training_logs
 
 pytest.importorskip("transformers", minversion="5.0", reason="before transformers 5 experts are lists of nn.Linear")
@@ -85,3 +85,11 @@ def test_a_model_without_experts_has_no_such_figures(tmp_path):
     trainer = tiny_trainer(tmp_path, callbacks=[GradientNormCallback()], max_steps=1)
     trainer.train()
     assert not [key for key in training_logs(trainer)[0] if key.startswith("experts/")]
+
+
+def test_a_callback_without_a_configuration_takes_that_of_the_experts(tmp_path):
+    own = FourBitConfig("mxfp4", None, target_modules=("experts",))
+    model = convert_to_4bit(mixture("gpt_oss"), own)
+    callback = FourBitCallback()
+    tiny_trainer(tmp_path, model=model, callbacks=[callback])
+    assert callback.config == own
