@@ -173,7 +173,7 @@ def quantize_experts(
         recipe: what to do.
         dtype: of the product.
         transposed: see `weight`.
-        used: the experts that are needed, on a CPU; the others are zeros. Default: all.
+        used: the experts that are needed, on a CPU; the numbers of others are never written. Default: all.
     """
     weight = weight.detach()
     rows = weight.transpose(1, 2) if transposed else weight
@@ -183,7 +183,7 @@ def quantize_experts(
         amax = rows.abs().amax((1, 2)).view(-1, 1, 1, 1)
         rounded = quantize_weight(rows, recipe, dtype, amax)
     else:  # on a CPU one expert at a time stays in the cache
-        rounded = torch.zeros(rows.shape, dtype=dtype, device=rows.device)
+        rounded = torch.empty(rows.shape, dtype=dtype, device=rows.device)
         matrices, results = rows.unbind(0), rounded.unbind(0)
         for expert in range(len(rows)) if used is None else used:
             results[expert].copy_(quantize_weight(matrices[expert].contiguous(), recipe, dtype))
