@@ -48,7 +48,11 @@ def test_the_embedded_data_trains_in_four_bits(four_bit_run):
 
 
 def test_smoke_makes_a_few_steps_of_whatever_was_asked_for(tmp_path, text):
-    pretrain.main(["--output_dir", str(tmp_path), "--block_size", "16", "--max_steps", "300", *QUIET, *text, "--smoke"])
+    mixture = ["--model_size", "moe-tiny", "--four_bit", "int4", *STABLE_SPAM]
+    length = ["--block_size", "16", "--max_steps", "300"]
+    pretrain.main(["--output_dir", str(tmp_path), *length, *mixture, *QUIET, *text, "--smoke"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["model_type"], config["four_bit_training"]["weight"]) == ("qwen3_moe", "int4")
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert state["global_step"] == 4
     assert len(values(state["log_history"], "loss")) == 2
