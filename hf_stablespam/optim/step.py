@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_stablespam.optim.backends import choose_backend
+from hf_stablespam.optim.backends import choose_backend, kind_of
 from hf_stablespam.optim.backends.base import Backend
 from hf_stablespam.optim.backends.sharding import Meshes, local_batch
 from hf_stablespam.optim.plan import Batch, Clipped, Options, Plan, Result, plan_clipping, plan_update, step_statistics
@@ -73,10 +73,10 @@ def _planned(batches: list[tuple[Batch, Options]]) -> list[tuple[Part, Plan, dic
 def _parts(batches: list[tuple[Batch, Options]]) -> list[Part]:
     parts = []
     for batch, options in batches:
-        local = local_batch(batch)
-        kinds: dict[Any, list[int]] = {}
-        for index, (param, grad, state) in enumerate(zip(*local, strict=True)):
-            backend, moment = choose_backend(param, grad, state, options), state.get("exp_avg", grad)
-            kinds.setdefault((backend, param.device, param.dtype, grad.dtype, moment.dtype), []).append(index)
-        parts += [Part(batch.pick(chosen), kind[0](local.pick(chosen), options)) for kind, chosen in kinds.items()]
+        local, kinds = local_batch(batch), {}
+        for index, row in enumerate(zip(*local, strict=True)):
+            kinds.setdefault(kind_of(*row), []).append(index)
+        for kind, chosen in kinds.items():
+            backend = choose_backend(kind, options)
+            parts.append(Part(batch.pick(chosen), backend(local.pick(chosen), options)))
     return parts

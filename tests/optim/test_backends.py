@@ -9,7 +9,7 @@ from hf_stablespam.optim.backends import numba_ops, torch_ops
 from hf_stablespam.optim.backends.loop import Loop
 from hf_stablespam.optim.backends.numba_ops import NumbaOps
 from hf_stablespam.optim.backends.torch_ops import TorchOps
-from hf_stablespam.optim.plan import Batch
+from hf_stablespam.optim.plan import MOMENTS, Batch
 from hf_stablespam.optim.stabilize.stabilizer import check_stabilize_options
 from hf_stablespam.optim.state.fresh import TRACKERS
 from tests.optim.common import PATHS, TOLERANCE, assert_identical, gradients, parameters, snapshot, train
@@ -32,18 +32,19 @@ def small(request, monkeypatch):
     monkeypatch.setattr(torch_ops, "ROW", 8)
 
 
-class Elsewhere(torch.Tensor):
-    """A tensor that says it is on another device."""
-
-    is_cpu = False
-    is_cuda = False
+class Subclass(torch.Tensor):
+    """A tensor of a kind of its own."""
 
 
-def chosen(param=None, **options):
+def kind(param=None, grad=None):
     param = torch.ones(20, 30) if param is None else param
+    moments = {name: torch.zeros_like(param) for name in MOMENTS}
+    return backends.kind_of(param, torch.ones_like(param) if grad is None else grad, moments)
+
+
+def chosen(of=None, **options):
     group = StableSPAM([torch.nn.Parameter(torch.ones(2))], **options).param_groups[0]
-    state = {"exp_avg": torch.zeros(20, 30), "exp_avg_sq": torch.zeros(20, 30)}
-    return backends.choose_backend(param, torch.ones(20, 30), state, group)
+    return backends.choose_backend(of or kind(), group)
 
 
 @pytest.mark.parametrize(
@@ -87,31 +88,26 @@ def test_with_nothing_switched_on_the_update_is_torchs_own():
 
 
 def test_subclasses_of_tensor_take_the_loop():
-    assert chosen(torch.ones(20, 30).as_subclass(Elsewhere)) is Loop
-    assert chosen(torch.ones(20, 30).as_subclass(Elsewhere), foreach=True) is Loop
+    assert chosen(kind(torch.ones(20, 30).as_subclass(Subclass))) is Loop
+    assert chosen(kind(torch.ones(20, 30).as_subclass(Subclass)), foreach=True) is Loop
 
 
 def test_odd_layouts_and_float16_take_torchs_operations():
-    options = StableSPAM([torch.nn.Parameter(torch.ones(2))]).param_groups[0]
     weight = torch.ones(12, 20)
-    state = {"exp_avg": torch.zeros(12, 20), "exp_avg_sq": torch.zeros(12, 20)}
-    assert backends.choose_backend(weight, torch.ones(12, 20), state, options) is NumbaOps
+    assert chosen(kind(weight)) is NumbaOps
     for grad in (torch.ones(20, 12).t(), torch.ones(1, 20).expand(12, 20), torch.ones(12, 20).half()):
-        assert backends.choose_backend(weight, grad, state, options) is TorchOps
+        assert chosen(kind(weight, grad)) is TorchOps
 
 
 def test_fused_forced_where_there_is_none_is_an_error():
-    with pytest.raises(RuntimeError, match=r"fused=True needs parameters on CPU or CUDA.*leave fused=None"):
-        chosen(torch.ones(20, 30).as_subclass(Elsewhere), fused=True)
+    with pytest.raises(RuntimeError, match=r"fused=True needs parameters on CPU or CUDA, got one on meta; leave fused"):
+        chosen(kind(torch.ones(20, 30, device="meta")), fused=True)
 
 
 def test_fused_forced_on_cuda_names_triton_where_it_is_missing(monkeypatch):
-    class OnCuda(Elsewhere):
-        is_cuda = True
-
     monkeypatch.setattr(backends, "has_triton", lambda: False)
     with pytest.raises(RuntimeError, match=r"needs triton for parameters on CUDA.*pip install triton"):
-        chosen(torch.ones(20, 30).as_subclass(OnCuda), fused=True)
+        chosen(kind()._replace(device=torch.device("cuda")), fused=True)
 
 
 def test_dtypes_are_not_mixed_in_one_call():

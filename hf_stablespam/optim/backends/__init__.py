@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_stablespam._announce import announce
 from hf_stablespam.optim.backends import numba_ops
 from hf_stablespam.optim.backends.adamw import is_plain_adamw, with_adamw
-from hf_stablespam.optim.backends.base import Backend, is_plain_tensor, share_layout
+from hf_stablespam.optim.backends.base import Backend, share_layout
 from hf_stablespam.optim.backends.loop import Loop
 from hf_stablespam.optim.backends.numba_ops import NumbaOps
 from hf_stablespam.optim.backends.torch_ops import TorchOps
@@ -22,22 +22,31 @@ logger = logging.getLogger(__name__)
 
 
 class Kind(NamedTuple):
-    """What the choice for a tensor depends on, beside options."""
+    """What the passes over a tensor depend on, beside options; ``MOMENTS`` are left out where there are none."""
 
-    device: str
-    dtypes: tuple[torch.dtype, ...]  # of weight, gradient, M, V
-    is_plain: bool  # all of them are ordinary tensors
+    device: torch.device
+    types: tuple[type, ...]  # of weight, gradient, M, V
+    dtypes: tuple[torch.dtype, ...]
     shares_layout: bool
-    rescales: bool  # there are no moments: the gradient is to be rescaled, not used
+
+    @property
+    def rescales(self) -> bool:
+        """Whether the gradient is to be rescaled, not used."""
+        return len(self.dtypes) == 2
 
 
-def choose_backend(param: Tensor, grad: Tensor, state: State, options: Options) -> type[Backend]:
-    """The backend for one tensor.
+def kind_of(param: Tensor, grad: Tensor, state: State) -> Kind:
+    """The kind of a weight, or of this process's part of a sharded one."""
+    tensors = [param, grad, state["exp_avg"], state["exp_avg_sq"]] if "exp_avg" in state else [param, grad]
+    dtypes = tuple([tensor.dtype for tensor in tensors])
+    return Kind(param.device, tuple(map(type, tensors)), dtypes, share_layout(tensors))
+
+
+def choose_backend(kind: Kind, options: Options) -> type[Backend]:
+    """The backend for tensors of one kind.
 
     Args:
-        param: weight, or this process's part of a sharded one.
-        grad: its gradient.
-        state: its state; without moments the gradient is to be rescaled, not used.
+        kind: of the tensors.
         options: the parameter group, with ``fused`` and ``foreach``.
 
     Raises:
@@ -45,40 +54,38 @@ def choose_backend(param: Tensor, grad: Tensor, state: State, options: Options) 
     """
     if torch.compiler.is_compiling():
         return Loop
-    tensors = [param, grad, state.get("exp_avg", grad), state.get("exp_avg_sq", grad)]
-    device = "cpu" if param.is_cpu else "cuda" if param.is_cuda else f"another device ({param.device})"
-    dtypes = tuple([tensor.dtype for tensor in tensors])
-    kind = Kind(device, dtypes, is_plain_tensor(*tensors), share_layout(tensors), "exp_avg" not in state)
-    return _choose(kind, options["fused"], options["foreach"], is_plain_adamw(options))
-
-
-@cache
-def _choose(kind: Kind, fused: bool | None, foreach: bool | None, plain_adamw: bool) -> type[Backend]:
-    backend = _passes(kind, fused, foreach)
+    fused, device = options["fused"], kind.device.type
+    backend = _passes(kind, fused, options["foreach"])
     # PyTorch's AdamW underflows in float16, and forced to be fused on the CPU it reads past the gaps of a tensor
-    fits = kind.dtypes[0] == kind.dtypes[2] != torch.float16 and (kind.shares_layout or not fused)
-    if plain_adamw and fits and kind.device == "cpu" and kind.is_plain and not kind.rescales:
+    fits = kind.dtypes[0] == kind.dtypes[-1] != torch.float16 and (kind.shares_layout or not fused)
+    if is_plain_adamw(options) and fits and device == "cpu" and _is_plain(kind) and not kind.rescales:
         backend = with_adamw(backend)
-    _say(kind.device, backend.label)
+    _say(device, backend.label)
     return backend
 
 
+def _is_plain(kind: Kind) -> bool:
+    """Whether all are ordinary tensors with memory of their own, not `DTensor` or another subclass."""
+    return set(kind.types) <= {Tensor, torch.nn.Parameter}
+
+
 def _passes(kind: Kind, fused: bool | None, foreach: bool | None) -> type[Backend]:
-    if fused and kind.device not in ("cpu", "cuda"):
-        raise RuntimeError(f"fused=True needs parameters on CPU or CUDA, got one on {kind.device}; leave fused=None")
-    if fused and kind.device == "cuda" and not has_triton():
+    device = kind.device.type
+    if fused and device not in ("cpu", "cuda"):
+        raise RuntimeError(f"fused=True needs parameters on CPU or CUDA, got one on {device}; leave fused=None")
+    if fused and device == "cuda" and not has_triton():
         raise RuntimeError("fused=True needs triton for parameters on CUDA, which is not installed; pip install triton")
-    if not kind.is_plain:
+    if not _is_plain(kind):
         return Loop
     if kind.shares_layout and (fused or (fused is None and not foreach)):
-        if kind.device == "cpu" and numba_ops.can_run(*kind.dtypes[:3], kind.rescales):
+        if device == "cpu" and numba_ops.can_run(*kind.dtypes[:3]):
             return NumbaOps
         # on request only: nobody has run these kernels on a GPU yet
-        if fused and kind.device == "cuda" and kind.dtypes[0] in TRITON_DTYPES:
+        if fused and device == "cuda" and kind.dtypes[0] in TRITON_DTYPES:
             from hf_stablespam.optim.backends.triton_ops import TritonOps  # optional, and slow to import
 
             return TritonOps
-    return TorchOps if foreach or (foreach is None and kind.device in ("cpu", "cuda")) else Loop
+    return TorchOps if foreach or (foreach is None and device in ("cpu", "cuda")) else Loop
 
 
 @cache

@@ -58,11 +58,6 @@ def norms_of_tensors(chunk_norms: Tensor, owners: Tensor, grad_max: Tensor, coun
     return (scale * of_tensors(squares, "sum", counts).sqrt()).to(grad_max.dtype)
 
 
-def is_plain_tensor(*tensors: Tensor) -> bool:
-    """Whether these are ordinary tensors with memory of their own, not `DTensor` or another subclass."""
-    return {type(tensor) for tensor in tensors} <= {Tensor, torch.nn.Parameter}
-
-
 def share_layout(tensors: list[Tensor]) -> bool:
     """Whether the tensors fill memory without gaps or overlaps and in the same order, so that they can be flattened."""
     if all([tensor.is_contiguous() for tensor in tensors]):

@@ -13,15 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_stablespam.optim.backends.base import Backend, of_tensors
+from hf_stablespam.optim.backends.base import Backend
 from hf_stablespam.optim.formulas import Coefficients
-from hf_stablespam.optim.plan import CHANGING, MOMENTS, Batch, Clipped, Clipping, Measured, Options, Plan, Trackers
+from hf_stablespam.optim.plan import MOMENTS, Batch, Clipped, Clipping, Measured, Options, Plan, Trackers
 
-# how an array shows a tensor's entries, and their bits as signed integers
+# how an array shows a tensor's entries
 _STORED = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16}
-_BITS = {torch.float32: np.int32, torch.float64: np.int64, torch.bfloat16: np.int16}
 _COUNTERS = ("step", "moment_step", "adopted_at", "clip_since")  # float32 whatever the others are
-SHORT = 32  # chunks that one thread has done before a second one begins
+SHORT = 4  # chunks that one thread has done before a second one begins
 
 
 class NumbaOps(Backend):
@@ -34,75 +33,79 @@ class NumbaOps(Backend):
         kernels = load()
         assert kernels is not None
         moments = [[state[name] for state in batch.states] for name in MOMENTS if name in batch.states[0]]
-        self.kernels, self.columns = kernels, [batch.params, batch.grads, *moments]
-        self.addresses, self.likes = _addresses(*self.columns), [_like(column[0].dtype) for column in self.columns]
-        self.grads = self.addresses[1], self.likes[1], _STORED[self.precise](0)
-        sizes = np.array([grad.numel() for grad in batch.grads])
-        counts = -(-sizes // kernels.CHUNK)
-        self.table = kernels.Table(sizes, counts.cumsum() - counts, np.repeat(np.arange(len(sizes)), counts))
-        self.counts, self.owners = torch.from_numpy(counts), self.table.owners
-        self.maxima, self.sums = np.empty(len(self.owners), _STORED[self.precise]), np.empty(len(self.owners))
+        columns = [batch.params, batch.grads, *moments]
+        self.kernels, self.addresses, self.likes = (
+            kernels,
+            _addresses(columns),
+            [_like(one[0].dtype) for one in columns],
+        )
+        self.grads = self.addresses[1], self.likes[1]
+        self.sizes = sizes = np.fromiter(map(Tensor.numel, batch.grads), np.int64, len(batch.grads))
+        counts = np.maximum(-(-sizes // kernels.CHUNK), 1)  # one without entries for a tensor without entries
+        self.first, self.owners = counts.cumsum() - counts, np.repeat(np.arange(len(sizes)), counts)
+        shape = len(self.owners), kernels.STRIPS
+        self.maxima, self.norms = np.empty(shape, _STORED[self.precise]), np.empty(shape)
 
     def read_trackers(self) -> Trackers:
-        vectors = np.empty((len(Trackers._fields), len(self.batch.states)), _STORED[self.precise])
-        self._copy_trackers(Trackers._fields, vectors, False)
+        states = self.batch.states
+        self.trackers = _addresses([[s.get(name, s["adopted_at"]) for s in states] for name in Trackers._fields])
+        vectors = np.empty(self.trackers.shape, _STORED[self.precise])
+        self._copy_trackers(vectors, back=False)
         return Trackers(*torch.from_numpy(vectors))
 
     def write_trackers(self, trackers: Tensor) -> None:
-        self._copy_trackers(CHANGING, trackers.numpy(), True)
+        self._copy_trackers(trackers.numpy(), back=True)
+
+    def _copy_trackers(self, vectors: Any, back: bool) -> None:
+        for name, addresses, vector in zip(Trackers._fields, self.trackers, vectors, strict=False):
+            like = _like(torch.float32 if name in _COUNTERS else self.precise)
+            self.kernels.copy_numbers(addresses, like, vector, back)
 
     def measure(self) -> Measured:
-        found = _like(self.batch.grads[0].dtype, bits=True), self.maxima.view(_BITS[self.precise]), self.sums
-        self._share_out(self.kernels.measure, np.arange(len(self.owners)), *self.grads, *found)
-        return Measured(of_tensors(torch.from_numpy(self.maxima), "max", self.counts), self._norms())
+        bits = self.maxima.view(np.int64 if self.precise == torch.float64 else np.int32)
+        self._launch(self.kernels.measure, np.arange(len(self.owners)), *self.grads, bits, self.norms)
+        return Measured(self._of_tensors(np.maximum, self.maxima), self._of_tensors(np.hypot, self.norms))
 
     def measure_clipped(self, measured: Measured, clipping: Clipping) -> Clipped:
-        limits, entries = (clipping.threshold.numpy(), clipping.ratio.numpy()), np.zeros(len(self.owners), np.int64)
-        spiky = np.flatnonzero(self.maxima > limits[0][self.owners])  # the other chunks keep what they have
-        self._share_out(self.kernels.measure_clipped, spiky, *self.grads, limits, self.sums, entries)
-        return Clipped(self._norms(), of_tensors(torch.from_numpy(entries).to(self.precise), "sum", self.counts))
+        limits, entries = (clipping.threshold.numpy(), clipping.ratio.numpy()), np.zeros(self.norms.shape)
+        spiky = np.flatnonzero(self.maxima > limits[0][self.owners, None])  # the other strips keep what they have
+        self._launch(self.kernels.measure_clipped, spiky, *self.grads, limits, self.norms, entries)
+        return Clipped(self._of_tensors(np.hypot, self.norms), self._of_tensors(np.add, entries))
 
-    def _norms(self) -> Tensor:
-        return of_tensors(torch.from_numpy(self.sums), "sum", self.counts).sqrt_().to(self.precise)
+    def _of_tensors(self, reduce: Any, strips: Any) -> Tensor:
+        """One number per tensor, from those of its strips."""
+        return torch.from_numpy(reduce.reduceat(strips.ravel(), self.first * strips.shape[1])).to(self.precise)
 
     def update(self, plan: Plan) -> None:
         stochastic = self.options["stochastic_rounding"] and self.batch.params[0].dtype == torch.bfloat16
         seed = int(torch.randint(1 << 32, ())) if stochastic else 0
         tables = self.addresses, tuple(self.likes[:3]), _rows(plan.by)
-        self._share_out(self.kernels.update, self._chunks_of(plan.finite), *tables, stochastic, seed)
+        self._launch(self.kernels.update, self._usable_chunks(plan), *tables, stochastic, seed)
         torch.autograd.graph.increment_version(self.batch.params)  # as torch's own operations do: autograd notices
 
     def rescale(self, plan: Plan) -> list[Tensor]:
         usable = zip(self.batch.grads, plan.finite.tolist(), strict=True)
         new = [torch.empty_like(grad) if finite else torch.zeros_like(grad) for grad, finite in usable]
-        tables = _addresses(new)[0], *self.grads[:2], _rows(plan.by)
-        self._share_out(self.kernels.rescale, self._chunks_of(plan.finite), *tables)
+        self._launch(self.kernels.rescale, self._usable_chunks(plan), _addresses([new])[0], *self.grads, _rows(plan.by))
         return new
 
-    def _chunks_of(self, finite: Tensor) -> Any:
-        return np.flatnonzero(finite.numpy()[self.owners])
+    def _usable_chunks(self, plan: Plan) -> Any:
+        """Those of finite gradients, the last first: of what was just measured the end is still in the cache."""
+        return np.flatnonzero(plan.finite.numpy()[self.owners])[::-1].copy()
 
-    def _copy_trackers(self, names: tuple[str, ...], vectors: Any, back: bool) -> None:
-        states = self.batch.states
-        addresses = _addresses(*([state.get(name, state["adopted_at"]) for state in states] for name in names))
-        narrow = [name in _COUNTERS for name in names]
-        for rows, dtype in ((narrow, torch.float32), (np.logical_not(narrow), self.precise)):
-            chosen = vectors[rows]
-            self.kernels.copy_numbers(addresses[rows], _like(dtype), chosen, back)
-            vectors[rows] = chosen
-
-    def _share_out(self, kernel: Any, chunks: Any, *arguments: Any) -> None:
-        """Call a kernel on chunks, on as many threads as PyTorch takes."""
+    def _launch(self, kernel: Any, chunks: Any, *arguments: Any) -> None:
+        """Call a kernel for chunks, on as many threads as PyTorch takes."""
+        work = self.kernels.Work(np.zeros(1, np.int64), chunks, self.sizes, self.first, self.owners)
         threads = max(1, min(torch.get_num_threads(), len(chunks) // SHORT))
-        own, *others = (chunks[len(chunks) * n // threads : len(chunks) * (n + 1) // threads] for n in range(threads))
-        waiting = [_pool(threads, os.getpid()).submit(kernel, share, self.table, *arguments) for share in others]
-        kernel(own, self.table, *arguments)
-        for other in waiting:
-            other.result()
+        others = [_pool(threads, os.getpid()).submit(kernel, work, *arguments) for _ in range(threads - 1)]
+        kernel(work, *arguments)
+        for other in others:
+            if not other.cancel():  # one that has not begun finds nothing left to do
+                other.result()
 
 
-def _addresses(*columns: list[Tensor]) -> Any:
-    return np.array([[tensor.data_ptr() for tensor in column] for column in columns])
+def _addresses(columns: list[list[Tensor]]) -> Any:
+    return np.array([np.fromiter(map(Tensor.data_ptr, column), np.int64, len(column)) for column in columns])
 
 
 def _rows(by: Coefficients) -> Any:
@@ -110,9 +113,9 @@ def _rows(by: Coefficients) -> Any:
 
 
 @cache
-def _like(dtype: torch.dtype, bits: bool = False) -> Any:
-    """An empty array that tells a kernel how entries of this dtype are stored, or their bits."""
-    return np.empty(0, (_BITS if bits else _STORED)[dtype])
+def _like(dtype: torch.dtype) -> Any:
+    """An empty array that tells a kernel how entries of this dtype are stored."""
+    return np.empty(0, _STORED[dtype])
 
 
 @cache
@@ -122,18 +125,21 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
 
 
 @cache
-def can_run(param: torch.dtype, grad: torch.dtype, moment: torch.dtype, rescales: bool) -> bool:
-    """Whether the kernels take these dtypes, and can be compiled and run; if that fails, one warning says why."""
-    dtypes = {param, grad, moment}
-    if not dtypes <= set(_STORED) or (torch.float64 in dtypes and len(dtypes) > 1) or (kernels := load()) is None:
+def can_run(*dtypes: torch.dtype) -> bool:
+    """Whether the kernels take weights, gradients and, unless they only rescale, moments of these dtypes.
+
+    They are compiled and run here; if that fails, one warning says why.
+    """
+    mixed = torch.float64 in dtypes and len(set(dtypes)) > 1
+    if mixed or not set(dtypes) <= set(_STORED) or (kernels := load()) is None:
         return False
     try:
-        _try(param, grad, moment, rescales)
+        _try(*dtypes)
     except Exception as error:  # of any kind: a compiler and files on disk have many ways to fail
         for kernel in kernels.KERNELS:  # from now on, without compiled code on disk
             kernel._cache = import_module("numba.core.caching").NullCache()
         try:
-            _try(param, grad, moment, rescales)
+            _try(*dtypes)
         except Exception:
             _warn_slower(f"Numba cannot compile or run here: {error!r:.200}")
             return False
@@ -162,15 +168,15 @@ def _warn_slower(why: str) -> None:
     warnings.warn(f"{why}. Until then steps on the CPU are slower (PyTorch's operations serve).", stacklevel=2)
 
 
-def _try(param: torch.dtype, grad: torch.dtype, moment: torch.dtype, rescales: bool) -> None:
+def _try(param: torch.dtype, grad: torch.dtype, moment: torch.dtype | None = None) -> None:
     """Run the kernels once on a tensor of few entries, which compiles them for these dtypes."""
     precise = torch.promote_types(grad, torch.float32)
     state = {name: torch.zeros((), dtype=torch.float32 if name in _COUNTERS else precise) for name in Trackers._fields}
-    state |= {name: torch.zeros(8, dtype=moment) for name in MOMENTS if not rescales}
+    state |= {name: torch.zeros(8, dtype=moment) for name in MOMENTS if moment}
     batch = Batch([torch.ones(8, dtype=param)], [torch.ones(8, dtype=grad)], [state])
     ones = torch.ones(1, dtype=precise)
     one = NumbaOps(batch, {"stochastic_rounding": False})
     one.write_trackers(torch.stack(one.read_trackers()[:5]))
     one.measure_clipped(one.measure(), Clipping(ones, ones, ones))
     plan = Plan(ones, ones > 0, ones, ones > 0, Coefficients(*[ones] * 10))
-    (one.rescale if rescales else one.update)(plan)
+    (one.update if moment else one.rescale)(plan)
