@@ -18,7 +18,6 @@ class MeasuringOptimizer(Optimizer):
 
     table: Mapping[str, Option]
     _fresh_state: Callable[[Tensor, Options], State]  # of a parameter before its first step
-    _check_saved: Callable[[Any, State, State], None]  # raises a ValueError for one that lacks what the next step needs
     _last_step: list[Result]
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
@@ -132,7 +131,7 @@ class MeasuringOptimizer(Optimizer):
         for saved_id, (param, group) in zip(saved_ids, pairs, strict=True):
             if saved_id in state_dict["state"]:
                 fresh, saved = self._fresh_state(param, group), state_dict["state"][saved_id]
-                self._check_saved(saved_id, fresh, saved)
+                _check_same_shapes(saved_id, fresh, saved)
                 self.state[param] = {name: restore(fresh[name], saved[name]) for name in fresh}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -152,6 +151,18 @@ def _check_not_stateless(state_dict: dict[str, Any]) -> None:
             f"the state must be of an optimizer with moments, got that of one with the options {options} and without "
             "any state; it was saved by another optimizer, so begin a new run from the weights alone"
         )
+
+
+def _check_same_shapes(index: Any, fresh: State, saved: dict[str, Any]) -> None:
+    """A saved state fits the options that it is loaded under."""
+    for name, value in fresh.items():
+        found = tuple(saved[name].shape) if name in saved else "none"
+        if found != (wanted := tuple(value.shape)):
+            raise ValueError(
+                f"the state of parameter {index} must hold {name} of shape {wanted}, got {found}; "
+                "it was saved by another optimizer, or without these options (rank, proj_type, density): load it with "
+                "those of its run, or begin a new run from the weights alone"
+            )
 
 
 def ordered(results: list[Result], params: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_stablespam.optim.options import check_gradient
-from hf_stablespam.optim.plan import Batch, Result
+from hf_stablespam.optim.plan import Result
 from hf_stablespam.optim.stable_spam import StableSPAM, check_before_step, update
 
 
@@ -64,9 +64,5 @@ class LayerwiseStableSPAM(StableSPAM):
         group = next(group for group in self.param_groups if any(other is param for other in group["params"]))
         check_before_step(group)
         check_gradient(param, "LayerwiseStableSPAM")
-        assert param.grad is not None
-        if param.numel() > 0:
-            if not self.state[param]:
-                self.state[param] = self._fresh_state(param, group)
-            self._updated += update([(Batch([param], [param.grad], [self.state[param]]), group)])
+        self._updated += update([(self._batch([param], group), group)])
         param.grad = None

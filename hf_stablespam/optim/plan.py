@@ -4,7 +4,7 @@ Every backend asks here, so the method is decided once. Vectors have one entry p
 statistics: float32, or float64 for float64 parameters.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,17 +34,18 @@ class Batch(NamedTuple):
     grads: list[Tensor]  # g, dense, never changed
     states: list[State]
 
-    def add(self, param: Tensor, grad: Tensor, state: State) -> None:
-        """One more."""
-        self.params.append(param)
-        self.grads.append(grad)
-        self.states.append(state)
+    @classmethod
+    def of(cls, params: Iterable[Tensor], states: Any, fresh: Callable[[Tensor], State]) -> "Batch":
+        """The parameters that have a gradient, with their states, which begin to exist here."""
+        chosen = [param for param in params if param.grad is not None and param.numel() > 0]
+        for param in chosen:
+            if not states.get(param):
+                states[param] = fresh(param)
+        return cls(chosen, [param.grad for param in chosen], [states[param] for param in chosen])  # type: ignore[misc]
 
-    def pick(self, indices: Iterable[int]) -> "Batch":
+    def pick(self, indices: list[int]) -> "Batch":
         """Some of them."""
-        chosen = list(indices)
-        params, grads = ([column[index] for index in chosen] for column in (self.params, self.grads))
-        return Batch(params, grads, [self.states[index] for index in chosen])
+        return Batch(*([column[index] for index in indices] for column in self))  # type: ignore[arg-type]
 
 
 class Result(NamedTuple):

@@ -1,5 +1,6 @@
 """The Stable-SPAM optimizer: options and state. A step is in `step`, the mathematics in `formulas` and `plan`."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from hf_stablespam.optim.base import MeasuringOptimizer
 from hf_stablespam.optim.galore.step import apply_updates, split_projected, warn_of_clamped_rank
 from hf_stablespam.optim.options import AUTO, STABLE_SPAM, check_gradient
 from hf_stablespam.optim.plan import Batch, Options, Result
-from hf_stablespam.optim.state.fresh import MOMENTS, check_same_shapes, fresh_state
+from hf_stablespam.optim.state.fresh import fresh_state
 from hf_stablespam.optim.state.from_adamw import adopted
-from hf_stablespam.optim.state.low_bit import clear
+from hf_stablespam.optim.state.low_bit import clear_moments
 from hf_stablespam.optim.step import step
 
 
@@ -119,12 +120,14 @@ class StableSPAM(MeasuringOptimizer):
         warn_of_clamped_rank(self.param_groups[-1])
 
     _fresh_state = staticmethod(fresh_state)
-    _check_saved = staticmethod(check_same_shapes)
 
     def _update(self) -> list[Result]:
         for group in self.param_groups:
             check_before_step(group)
-        return update([(self._batch(group), group) for group in self.param_groups])
+        return update([(self._batch(group["params"], group), group) for group in self.param_groups])
+
+    def _batch(self, params: list[Tensor], group: Options) -> Batch:
+        return Batch.of(params, self.state, partial(fresh_state, options=group))
 
     def _before_loading(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         return adopted(state_dict, self.param_groups)
@@ -145,20 +148,8 @@ class StableSPAM(MeasuringOptimizer):
             tensor([0., 0.])
         """
         for state in self.state.values():
-            for name in (*MOMENTS, "moment_step"):
-                if name in state:
-                    clear(state[name])
-
-    def _batch(self, group: dict[str, Any]) -> Batch:
-        """The parameters that this step updates, with their states, which begin to exist here."""
-        batch = Batch([], [], [])
-        for param in group["params"]:
-            if (grad := param.grad) is not None and param.numel() > 0:
-                state = self.state[param]
-                if not state:
-                    state = self.state[param] = fresh_state(param, group)
-                batch.add(param, grad, state)
-        return batch
+            if state:
+                clear_moments(state)
 
 
 def update(batches: list[tuple[Batch, Options]]) -> list[Result]:

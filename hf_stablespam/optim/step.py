@@ -5,7 +5,7 @@ backend finds, and what `plan` decides, are vectors with one entry per tensor. S
 their processes find is put together between measuring and planning.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,28 +13,33 @@ from torch import Tensor
 from hf_stablespam.optim.backends import choose_backend, kind_of
 from hf_stablespam.optim.backends.base import Backend
 from hf_stablespam.optim.backends.sharding import Meshes, local_batch
-from hf_stablespam.optim.plan import Batch, Clipped, Options, Plan, Result, plan_clipping, plan_update, step_statistics
+from hf_stablespam.optim.plan import (
+    Batch,
+    Clipped,
+    Options,
+    Plan,
+    Result,
+    Trackers,
+    plan_clipping,
+    plan_update,
+    step_statistics,
+)
 
 
-class Part:
+class Part(NamedTuple):
     """Tensors that one backend takes together."""
 
-    def __init__(self, batch: Batch, backend: Backend) -> None:
-        self.params = batch.params  # as the optimizer has them: sharded ones are whole here, and local in the backend
-        self.backend, self.options, self.old = backend, backend.options, backend.read_trackers()
+    params: list[Tensor]  # as the optimizer has them: sharded ones are whole here, and local in the backend
+    backend: Backend
+    options: Options
+    old: Trackers
 
 
 def step(batches: list[tuple[Batch, Options]]) -> list[Result]:
-    """Update parameters and their states in place.
+    """Update parameters and their states in place, by the options of their groups; the statistics come in any order.
 
     A gradient whose squared norm is not finite (``nan``, ``inf``, or beyond the range of the statistics' dtype)
     changes nothing of its tensor.
-
-    Args:
-        batches: parameters, dense gradients and states, with the options of their group.
-
-    Returns:
-        The statistics, in any order.
     """
     results = []
     for part, plan, statistics in _planned(batches):
@@ -53,14 +58,14 @@ def _planned(batches: list[tuple[Batch, Options]]) -> list[tuple[Part, Plan, dic
     parts = _parts(batches)
     meshes = Meshes([part.params for part in parts])
     measured = meshes.whole_maxima([part.backend.measure() for part in parts])
-    clippings = [
-        plan_clipping(part.old, seen.grad_max, part.options) for part, seen in zip(parts, measured, strict=True)
+    rows = list(zip(parts, measured, strict=True))
+    clippings = [plan_clipping(part.old, seen.grad_max, part.options) for part, seen in rows]
+    clipped = [
+        part.backend.measure_clipped(seen, clipping)
+        if part.options["clip_beta"] is not None
+        else Clipped(seen.norm, torch.zeros_like(seen.norm))
+        for (part, seen), clipping in zip(rows, clippings, strict=True)
     ]
-    clipped = []
-    for part, seen, clipping in zip(parts, measured, clippings, strict=True):
-        clips = part.options["clip_beta"] is not None
-        unclipped = Clipped(seen.norm, torch.zeros_like(seen.norm))
-        clipped.append(part.backend.measure_clipped(seen, clipping) if clips else unclipped)
     measured, clipped = meshes.whole_norms(measured, clipped)
     planned = []
     for part, seen, clipping, rest in zip(parts, measured, clippings, clipped, strict=True):
@@ -73,10 +78,10 @@ def _planned(batches: list[tuple[Batch, Options]]) -> list[tuple[Part, Plan, dic
 def _parts(batches: list[tuple[Batch, Options]]) -> list[Part]:
     parts = []
     for batch, options in batches:
-        local, kinds = local_batch(batch), {}
+        local, kinds = local_batch(batch), {}  # type: ignore[var-annotated]
         for index, row in enumerate(zip(*local, strict=True)):
             kinds.setdefault(kind_of(*row), []).append(index)
         for kind, chosen in kinds.items():
-            backend = choose_backend(kind, options)
-            parts.append(Part(batch.pick(chosen), backend(local.pick(chosen), options)))
+            backend = choose_backend(kind, options)(local.pick(chosen), options)
+            parts.append(Part(batch.pick(chosen).params, backend, options, backend.read_trackers()))
     return parts

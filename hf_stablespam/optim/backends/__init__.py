@@ -43,15 +43,7 @@ def kind_of(param: Tensor, grad: Tensor, state: State) -> Kind:
 
 
 def choose_backend(kind: Kind, options: Options) -> type[Backend]:
-    """The backend for tensors of one kind.
-
-    Args:
-        kind: of the tensors.
-        options: the parameter group, with ``fused`` and ``foreach``.
-
-    Raises:
-        RuntimeError: if the fused path is forced for a device that has none.
-    """
+    """The backend for tensors of one kind in one group; a RuntimeError if ``fused`` is forced where it cannot be."""
     if torch.compiler.is_compiling():
         return Loop
     fused, device = options["fused"], kind.device.type

@@ -1,7 +1,7 @@
 """The passes in machine code that Numba makes (extra ``cpu``): one call per thread for all tensors of a step.
 
-The kernels find tensors by their addresses. Every thread takes the next chunk of all tensors until none is left, so that
-one that is late, or shares its core with a thread of PyTorch's that still spins, does less. bfloat16 is read and
+The kernels find tensors by their addresses. Every thread takes the next chunk of all tensors until none is left, so
+that one that is late, or shares its core with a thread of PyTorch's that still spins, does less. bfloat16 is read and
 written through its bits, as uint16. The threads are Python's (see `numba_ops`), which the kernels let run: Numba's own
 compile for twice as long, change how many threads PyTorch takes where both use OpenMP, and end a process that was
 forked. A ``like`` is an empty array that tells a kernel a dtype.
@@ -67,7 +67,9 @@ def _to_old_value(context: Any, counter: Any, more: Any) -> Any:
     return counter.dtype(counter, counter.dtype), generate
 
 
-_pointer, _same_bits, _add = (intrinsic(each) for each in (_to_pointer, _to_same_bits, _to_old_value))
+_pointer: Any = intrinsic(_to_pointer)
+_same_bits: Any = intrinsic(_to_same_bits)
+_add: Any = intrinsic(_to_old_value)
 
 
 def widen(value: Any) -> Any:

@@ -17,17 +17,11 @@ from hf_stablespam.optim.plan import Batch, Clipped, Measured
 
 
 class Meshes:
-    """Who shares which tensors of a step.
+    """Who shares which tensors of a step, from the parameters of each of its parts.
 
     Costs one ``MAX`` and one ``SUM`` all-reduce for each process group over which any of the tensors is sharded: two
     for FSDP2 and HSDP, four for FSDP2 with tensor parallelism, none where nothing is sharded. Every process of a mesh
     must come with the same parameters.
-
-    Args:
-        params: those of each part of the step.
-
-    Raises:
-        ValueError: for a parameter that holds a partial sum.
     """
 
     def __init__(self, params: list[list[Any]]) -> None:

@@ -24,7 +24,7 @@ class Sizes(NamedTuple):
     counts: Tensor  # (tensors,) number of chunks
 
 
-# The tables of the last step, and what they were made of, by the first of their tensors: they live as long as it does.
+# The numbers of the last step and what was made of them, by the first of its tensors: they live as long as it does.
 _SIZES, _ADDRESSES = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
 
@@ -39,7 +39,9 @@ class TritonOps(Backend):
         pairs = list(zip(batch.states, batch.grads, strict=True))
         moments = [[state.get(name, grad) for state, grad in pairs] for name in MOMENTS]
         self.columns = [batch.params, batch.grads, *moments]
-        self.tables, self.addresses = _sizes_of(batch.params), _addresses_of(self.columns)
+        first, addresses = batch.params[0], [[tensor.data_ptr() for tensor in column] for column in self.columns]
+        self.tables = _remembered(_SIZES, first, [param.numel() for param in batch.params], _sizes)
+        self.addresses = _remembered(_ADDRESSES, first, addresses, _on_device)
         self.where = self.tables.owners, self.tables.starts, self.tables.sizes
         self.chunk_max, self.chunk_norm = torch.empty(2, len(self.tables.owners), device=self.device)
 
@@ -64,7 +66,7 @@ class TritonOps(Backend):
 
     def rescale(self, plan: Plan) -> list[Tensor]:
         new = [torch.empty_like(grad) for grad in self.batch.grads]
-        targets = torch.tensor([grad.data_ptr() for grad in new], dtype=torch.int64).to(self.device, non_blocking=True)
+        (targets,) = _on_device([[grad.data_ptr() for grad in new]], self.device)
         self._run(kernels.rescale, targets, self.addresses[1], new[0], *self.where, *_numbers(plan))
         return new
 
@@ -78,22 +80,19 @@ def _numbers(plan: Plan) -> tuple[Tensor, Tensor]:
     return plan.finite.to(torch.float32), torch.stack(plan.by, dim=1)
 
 
-def _sizes_of(params: list[Tensor]) -> Sizes:
-    """Built once: sizes change with the set of tensors only."""
-    numbers = [param.numel() for param in params]
-    if params[0] not in _SIZES or _SIZES[params[0]][0] != numbers:
-        counts = [-(-size // kernels.BLOCK) for size in numbers]
-        owners = [owner for owner, count in enumerate(counts) for _ in range(count)]
-        starts = [chunk * kernels.BLOCK for count in counts for chunk in range(count)]
-        columns = (torch.tensor(column, device=params[0].device) for column in (numbers, owners, starts, counts))
-        _SIZES[params[0]] = numbers, Sizes(*columns)
-    return _SIZES[params[0]][1]
+def _remembered(cache: WeakTensorKeyDictionary, first: Tensor, numbers: Any, make: Any) -> Any:
+    """What ``make`` makes of some numbers, made anew where they have changed since the last step."""
+    if first not in cache or cache[first][0] != numbers:
+        cache[first] = numbers, make(numbers, first.device)
+    return cache[first][1]
 
 
-def _addresses_of(columns: list[list[Tensor]]) -> Tensor:
-    """(4, tensors) int64, copied to the device where they have changed since the last step."""
-    first, numbers = columns[0][0], [[tensor.data_ptr() for tensor in column] for column in columns]
-    if first not in _ADDRESSES or _ADDRESSES[first][0] != numbers:
-        rows = torch.tensor(numbers, dtype=torch.int64).to(first.device, non_blocking=True)
-        _ADDRESSES[first] = numbers, rows
-    return _ADDRESSES[first][1]
+def _sizes(numbers: list[int], device: torch.device) -> Sizes:
+    counts = [-(-size // kernels.BLOCK) for size in numbers]
+    owners = [owner for owner, count in enumerate(counts) for _ in range(count)]
+    starts = [chunk * kernels.BLOCK for count in counts for chunk in range(count)]
+    return Sizes(*(torch.tensor(column, device=device) for column in (numbers, owners, starts, counts)))
+
+
+def _on_device(addresses: list[list[int]], device: torch.device) -> Tensor:
+    return torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True)

@@ -26,7 +26,7 @@ from hf_stablespam.optim.galore.projection import (
     projected_sides,
 )
 from hf_stablespam.optim.plan import Batch, Options, Result, State
-from hf_stablespam.optim.state.low_bit import clear
+from hf_stablespam.optim.state.low_bit import clear_moments
 from hf_stablespam.optim.state.stochastic_rounding import store
 
 logger = logging.getLogger(__name__)
@@ -143,8 +143,7 @@ def _advance(grad: Tensor, usable: Tensor, state: State, options: Options) -> No
     state["clip_max"].zero_()
     state["clip_since"].copy_(state["step"])
     if options["reset_on_switch"]:
-        for name in ("exp_avg", "exp_avg_sq", "moment_step"):
-            clear(state[name])
+        clear_moments(state)
 
 
 def warn_of_clamped_rank(group: Options) -> None:

@@ -1,7 +1,7 @@
 """SPAM, which Stable-SPAM came from: Adam with clipped spikes and reset momentum, also sparse."""
 
+from functools import partial
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,12 +10,13 @@ from torch.optim.optimizer import ParamsT
 from hf_stablespam.optim.base import MeasuringOptimizer
 from hf_stablespam.optim.options import SPAM as OPTIONS
 from hf_stablespam.optim.options import check_gradient
-from hf_stablespam.optim.plan import MOMENTS, Result, State
+from hf_stablespam.optim.plan import MOMENTS, Batch, Options, Result, State
 from hf_stablespam.optim.spam.update import spam_step
+from hf_stablespam.optim.state.low_bit import clear_moments
 from hf_stablespam.optim.state.sparse_mask import draw_mask, empty_mask, kept_entries
 
 
-def fresh_spam_state(param: Tensor, group: dict[str, Any]) -> State:
+def fresh_spam_state(param: Tensor, group: Options) -> State:
     """Two counters on the CPU (read by the host), one beside the moments; moments in the parameter's dtype."""
     state = {name: torch.zeros((), dtype=torch.float32) for name in ("step", "resets")}
     state["moment_step"] = torch.zeros((), dtype=torch.float32, device=param.device)
@@ -24,15 +25,6 @@ def fresh_spam_state(param: Tensor, group: dict[str, Any]) -> State:
         kept = kept_entries(param.numel(), group["density"])
         return state | {name: torch.zeros(kept, dtype=param.dtype, device=param.device) for name in MOMENTS}
     return state | {name: torch.zeros_like(param, memory_format=torch.preserve_format) for name in MOMENTS}
-
-
-def check_names(index: Any, fresh: State, saved: State) -> None:
-    """Raise a ValueError for a saved state of one parameter that lacks what the next step needs."""
-    if missing := [name for name in fresh if name not in saved]:
-        raise ValueError(
-            f"the state of parameter {index} must hold {', '.join(fresh)}, but lacks {', '.join(missing)}; "
-            "it was saved by another optimizer: begin a new run from the weights"
-        )
 
 
 class SPAM(MeasuringOptimizer):
@@ -84,7 +76,6 @@ class SPAM(MeasuringOptimizer):
 
     table = OPTIONS
     _fresh_state = staticmethod(fresh_spam_state)
-    _check_saved = staticmethod(check_names)
 
     def __init__(
         self,
@@ -110,22 +101,23 @@ class SPAM(MeasuringOptimizer):
             check_gradient(param, "SPAM")
         results = []
         for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None and param.numel() > 0:
-                    row = self._step_one(param, param.grad, group)
-                    results.append(Result([param], {name: value.view(1) for name, value in row.items()}))
+            batch = Batch.of(group["params"], self.state, partial(self._begin, group))
+            for param, grad, state in zip(*batch, strict=True):
+                row = self._step_one(param, grad, state, group)
+                results.append(Result([param], {name: value.view(1) for name, value in row.items()}))
         return results
 
-    def _step_one(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> State:
-        state = self.state[param]
-        if not state:
-            self.state[param] = state = self._fresh_state(param, group)
-            self._redraw(param, group)
+    def _begin(self, group: Options, param: Tensor) -> State:
+        state = fresh_spam_state(param, group)
+        self._redraw(param, state, group)
+        return state
+
+    def _step_one(self, param: Tensor, grad: Tensor, state: State, group: Options) -> dict[str, Tensor]:
         state["step"] += 1  # on the CPU, as torch's own: reading it does not wait for the device
         interval = group["reset_interval"]
         resets = interval is not None and int(state["step"]) % interval == 0
         if resets:
-            self._reset(param, group)
+            self._reset(param, state, group)
         statistics = spam_step(param, grad, state, group, warms_up=int(state["resets"]) > 0)
         return {**statistics, "reset": torch.full_like(statistics["nonfinite"], float(resets))}
 
@@ -137,19 +129,16 @@ class SPAM(MeasuringOptimizer):
         """
         for group in self.param_groups:
             for param in group["params"]:
-                if self.state.get(param):
-                    self._reset(param, group)
+                if state := self.state.get(param):
+                    self._reset(param, state, group)
 
-    def _reset(self, param: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[param]
-        for name in (*MOMENTS, "moment_step"):
-            state[name].zero_()
+    def _reset(self, param: Tensor, state: State, group: Options) -> None:
+        clear_moments(state)
         state["resets"] += 1
-        self._redraw(param, group)
+        self._redraw(param, state, group)
 
-    def _redraw(self, param: Tensor, group: dict[str, Any]) -> None:
+    def _redraw(self, param: Tensor, state: State, group: Options) -> None:
         """A new subset, which depends on the seed, the parameter's place and the resets so far, and so resumes."""
-        state = self.state[param]
         if "mask" in state:
             params = chain.from_iterable(group["params"] for group in self.param_groups)
             place = next(index for index, other in enumerate(params) if other is param)

@@ -48,15 +48,8 @@ def warmup_factor(moment_step: Tensor, warmup_steps: int) -> Tensor:
 def spam_step(param: Tensor, grad: Tensor, state: State, options: Options, warms_up: bool) -> dict[str, Tensor]:
     """Update a parameter and its state in place; a gradient whose squared norm is not finite changes nothing.
 
-    Args:
-        param: ``w``, any shape.
-        grad: ``g``, shaped like ``param``.
-        state: moments and their step count; with a ``mask`` the moments hold the entries that it keeps.
-        options: the parameter group, with the options of `SPAM`.
-        warms_up: whether the moments were reset at some time, so that this step may be in a warm-up.
-
-    Returns:
-        0-dimensional tensors by the names of `SPAM.statistics`.
+    With a ``mask`` the moments hold the entries that it keeps. ``warms_up`` says that the moments were reset at some
+    time. Returns 0-dimensional tensors by the names of `SPAM.statistics`.
     """
     precise = torch.promote_types(param.dtype, torch.float32)
     grad = -grad.to(precise) if options["maximize"] else grad.to(precise)
@@ -90,12 +83,6 @@ def spam_step(param: Tensor, grad: Tensor, state: State, options: Options, warms
     else:
         param.copy_(param.reshape(-1).index_copy(0, kept, weight).view(param.shape))
     norm = safe_norm(grad, grad_max)
-    return {
-        "grad_norm": grad_norm,
-        "grad_max": grad_max,
-        "clip_threshold": torch.full_like(norm, torch.inf),
-        "clipped": clipped.to(norm.dtype),
-        "norm_factor": torch.ones_like(norm),
-        "stable_norm": norm,
-        "nonfinite": (~finite).to(norm.dtype),
-    }
+    seen = {"grad_norm": grad_norm, "grad_max": grad_max, "clip_threshold": torch.full_like(norm, torch.inf)}
+    seen |= {"clipped": clipped.to(norm.dtype), "norm_factor": torch.ones_like(norm), "stable_norm": norm}
+    return {**seen, "nonfinite": (~finite).to(norm.dtype)}

@@ -134,14 +134,10 @@ class Stabilizer:
     @torch.no_grad()
     def _replace_gradients(self) -> None:
         self._adopt_loaded()
-        self._last_step, batch = [], Batch([], [], [])
-        params = self._params()
+        self._last_step, params = [], self._params()
         for param in params:
             check_gradient(param, "stabilize")
-        for param in params:
-            if (grad := param.grad) is not None and param.numel() > 0:
-                state = self._trackers.get(param) or self._trackers.setdefault(param, fresh_trackers(param))
-                batch.add(param, grad, state)
+        batch = Batch.of(params, self._trackers, fresh_trackers)
         self._found = dict(zip(batch.params, batch.grads, strict=True))
         for result, grads in rescale([(batch, self._options)] if batch.params else []):
             self._last_step.append(result)

@@ -53,19 +53,3 @@ def without_scales(state: dict[str, Any]) -> dict[str, Any]:
         if scale is not None and name in state and (factor := float(scale)) != 1:
             kept[name] = state[name] * factor
     return kept
-
-
-def check_same_shapes(index: Any, fresh: State, saved: dict[str, Any]) -> None:
-    """A saved state fits the options that it is loaded under.
-
-    Raises:
-        ValueError: for the first entry that is missing or of another shape.
-    """
-    for name, value in fresh.items():
-        shape = tuple(saved[name].shape) if name in saved else None
-        if shape != tuple(value.shape):
-            raise ValueError(
-                f"the state of parameter {index} must hold {name} of shape {tuple(value.shape)}, got "
-                f"{shape or 'none'}; it was saved without these options (rank, proj_type): load it with those of "
-                "its run, or begin a new run from the weights alone"
-            )

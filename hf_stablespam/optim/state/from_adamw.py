@@ -23,12 +23,8 @@ _ANEW = "begin a new run from the weights alone"
 def adopted(state_dict: dict[str, Any], own_groups: list[dict[str, Any]]) -> dict[str, Any]:
     """A state dict that `StableSPAM` can load, from one of its own or one of `torch.optim.AdamW`.
 
-    Args:
-        state_dict: as saved; not changed.
-        own_groups: the parameter groups of the optimizer that loads it; their options stay where AdamW has none.
-
-    Raises:
-        ValueError: for states of any other optimizer, naming what is missing.
+    The options in ``own_groups``, those of the optimizer that loads it, stay where AdamW has none. States of any other
+    optimizer raise a ValueError that names what is missing.
     """
     states, groups = state_dict["state"], state_dict["param_groups"]
     if any(_is_adamw(state) for state in states.values()):
@@ -68,16 +64,11 @@ def _check_adamw(index: Any, state: dict[str, Any]) -> None:
             f"the state of parameter {index} was saved by AdamW with amsgrad=True (it holds max_exp_avg_sq), "
             f"which StableSPAM cannot continue; {_ANEW}"
         )
+    rule = f"the state of parameter {index} must hold step, exp_avg, exp_avg_sq and no more to be AdamW's"
     if missing := sorted(_ADAMW_NAMES - set(state)):
-        raise ValueError(
-            f"the state of parameter {index} must hold step, exp_avg, exp_avg_sq like that of the others, "
-            f"but lacks {', '.join(missing)}; the checkpoint is incomplete"
-        )
-    if unknown := sorted(set(state) - _ADAMW_NAMES):
-        raise ValueError(
-            f"the state of parameter {index} must hold step, exp_avg, exp_avg_sq and no more to be AdamW's, but holds "
-            f"{', '.join(unknown)} too; it was saved by another optimizer, so {_ANEW}"
-        )
+        raise ValueError(f"{rule}, but lacks {', '.join(missing)}; the checkpoint is incomplete")
+    if unknown := ", ".join(sorted(set(state) - _ADAMW_NAMES)):
+        raise ValueError(f"{rule}, but holds {unknown} too; it was saved by another optimizer, so {_ANEW}")
 
 
 def _check_adamw_group(group: dict[str, Any]) -> None:

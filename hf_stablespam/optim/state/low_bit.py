@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_stablespam._sharded import is_sharded
+from hf_stablespam.optim.plan import MOMENTS, State
 
 BITS = (4, 8, 32)
 SMALLEST = 4096  # entries; smaller tensors are kept in full, as torchao and bitsandbytes do
@@ -101,10 +102,12 @@ def restore(fresh: Tensor, saved: Tensor) -> Tensor:
     return fresh.copy_(saved if is_low_bit(fresh) else read(saved, fresh.dtype))
 
 
-def clear(moment: Tensor) -> None:
-    """Set a moment to zero."""
-    for stored in (moment.codes, moment.scale) if is_low_bit(moment) else (moment,):  # type: ignore[attr-defined]
-        stored.zero_()
+def clear_moments(state: State) -> None:
+    """Set the moments of a parameter and their step count to zero."""
+    for name in (*MOMENTS, "moment_step"):
+        moment: Any = state[name]
+        for stored in (moment.codes, moment.scale) if is_low_bit(moment) else (moment,):
+            stored.zero_()
 
 
 def _encode(moment: Any, value: Tensor) -> tuple[Tensor, Tensor]:

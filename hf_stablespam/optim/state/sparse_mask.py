@@ -19,11 +19,7 @@ def empty_mask(count: int, device: torch.device) -> Tensor:
 def draw_mask(count: int, density: float, seed: int, device: torch.device) -> Tensor:
     """A random mask that keeps exactly `kept_entries`, packed: ``(⌈count/8⌉,)`` uint8, entry 0 in the lowest bit.
 
-    Args:
-        count: entries of the tensor, ≥ 1.
-        density: share of them to keep, in (0, 1].
-        seed: of a generator of its own, so that the same seed gives the same mask.
-        device: where the mask is drawn and kept.
+    The same seed gives the same mask on the same type of device.
 
     Example:
         >>> mask = draw_mask(10, 0.3, seed=0, device=torch.device("cpu"))
