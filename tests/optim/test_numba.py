@@ -77,10 +77,22 @@ def test_what_is_not_finite_is_seen(place, dtype):
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1e-42, -1e-20, 1e15])
-def test_zeros_denormals_and_large_entries_keep_their_size(value):
-    maximum, norm, *_ = measured(torch.full((20_000,), value))
+@pytest.mark.parametrize("entries", [3, 20_000])
+def test_zeros_denormals_and_large_entries_keep_their_size(value, entries):
+    maximum, norm, *_ = measured(torch.full((entries,), value))
     assert maximum == abs(torch.tensor(value))
-    assert norm.item() == pytest.approx(abs(torch.tensor(value)).double().item() * 20_000**0.5, rel=1e-5, abs=0)
+    exact = maximum.double().item() * entries**0.5
+    assert norm.item() == pytest.approx(exact, rel=1e-5, abs=1e-45)  # neighbours among denormals are 1.4e-45 apart
+
+
+@pytest.mark.parametrize("value", [1e-200, 1e-310, 1e150])
+def test_in_double_entries_whose_squares_are_no_numbers_keep_their_size(value):
+    """Before and after clipping."""
+    grad = torch.full((20_000,), value, dtype=torch.float64)
+    maximum, norm, clipped_norm, count = measured(grad, threshold=value / 4)
+    assert (maximum, count) == (value, 20_000)
+    assert norm.item() == pytest.approx(value * 20_000**0.5, rel=1e-12, abs=0)
+    assert clipped_norm.item() == pytest.approx(value / 2 * 20_000**0.5, rel=1e-12, abs=0)
 
 
 def test_bfloat16_is_rounded_to_nearest_even_as_torch_does():
