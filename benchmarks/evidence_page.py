@@ -16,7 +16,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import continual, demo_record, faults, momentum_resets, outside_language, qat_record, qat_tables
+from benchmarks import (
+    continual,
+    demo_record,
+    faults,
+    momentum_resets,
+    outside_language,
+    prune_and_recover,
+    prune_smollm2,
+    qat_record,
+    qat_tables,
+)
 from benchmarks._record import RESULTS
 from benchmarks.cost_on_paper import cost_table
 from benchmarks.quality import read_record
@@ -58,6 +68,8 @@ def makers() -> dict[str, Callable[[], str]]:
     found["momentum-resets"] = lambda: momentum_resets.table(momentum_resets.read())
     found["continual"] = lambda: continual.table(continual.recorded())
     found["continual-parts"] = lambda: continual.parts_table(continual.recorded())
+    found["prune-bytes"] = lambda: prune_and_recover.table(prune_and_recover.on_record())
+    found["prune-smollm2"] = lambda: prune_smollm2.table(prune_smollm2.read_rows())
     errors = outside_language.read_record()
     for task in outside_language.TASKS:
         found[task] = lambda task=task: outside_language.table(task, errors, steps=300)

