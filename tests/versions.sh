@@ -17,7 +17,7 @@ run() {
     [[ $wanted == *" $name "* || $wanted == "  " ]] || return 0
     [ -x "$env/bin/python" ] || "$python" -m venv "$env"
     "$env/bin/python" -m pip --disable-pip-version-check install --quiet -c "$constraints" \
-        -e '.[lowbit]' pytest tensorboard "$@"
+        -e '.[lowbit]' pytest sybil tensorboard "$@"
     echo "== $name"
     SECONDS=0
     OMP_NUM_THREADS=1 PATH="$(realpath "$env")/bin:$PATH" "$env/bin/python" -m pytest ${PYTEST_ARGS:-} tests/trainer ||
