@@ -10,6 +10,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest
 import torch
 
+gc.disable()  # while libraries are imported, of which nothing is garbage
+
 if not torch.cuda.is_available():
     # Read when triton is imported, which torchao does too, and transformers through it: so before any test module.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -19,6 +21,11 @@ def pytest_collection_modifyitems(items):
     """Modules with slow tests come first, so that no worker is alone with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    gc.enable()
+    gc.set_threshold(50_000)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -26,7 +26,7 @@ from tests.quant.export.gguf.models import write_float_gguf
 # A literal "..." on a page stands for the options of the block before; these are those that a script demands.
 DEMANDED = {"pretrain.py": ["--output_dir", "runs/x"], "trl": ["--model_name_or_path", "x", "--dataset_name", "y"]}
 # What makes a run small enough for a test: argparse takes the last of two values, so these win. Scripts that are not
-# here are parsed only: benchmarks would append to their results, tests/examples runs the longer examples.
+# here are parsed only: benchmarks would append to their results, tests/examples runs the other examples.
 QUIET = "--report_to none --disable_tqdm True --use_cpu True"
 FEW_STEPS = f"--max_steps 2 --warmup_steps 1 --per_device_train_batch_size 2 --block_size 16 {QUIET}"
 SMALL = {
@@ -34,10 +34,6 @@ SMALL = {
     "plain_trainer.py": FEW_STEPS,
     "train.py": FEW_STEPS,
     "rescue.py": f"--smoke {QUIET}",
-    "classify.py": f"--smoke True {QUIET}",
-    "finetune_lora.py": f"--smoke True {QUIET}",
-    "finetune_lora_4bit.py": f"--smoke True {QUIET}",
-    "speak.py": f"--smoke True {QUIET}",
 }
 FROM_THE_HUB = {"--dataset_name", "--model_name_or_path"}  # no network: such commands are parsed only
 
