@@ -190,7 +190,7 @@ def check_graph(check: Check) -> None:
 
 def check_compiled(check: Check) -> None:
     """A compiled step and compiled 4-bit layers give what eager ones do."""
-    backend = "aot_eager" if check.rehearsal else "inductor"
+    backend = "eager" if check.rehearsal else "inductor"
     with check.trying(check="torch.compile of a step", backend=backend) as found:
         count = 1 if check.rehearsal else 3  # a tensor takes the compiler seconds
         params, twins = (many_parameters(count, torch.float32, DEVICE) for _ in range(2))

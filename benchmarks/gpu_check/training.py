@@ -60,7 +60,7 @@ def main(check: Check) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
 
-            ms = medians({name: step}, 1 if check.rehearsal else 8, warm_up=1 if check.rehearsal else 3)[name]
+            ms = medians({name: step}, 1 if check.rehearsal else 8, warm_up=0 if check.rehearsal else 3)[name]
             base = base or ms
             found.update(
                 ms=round(ms, 2),
