@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_stablespam import FourBitCallback, FourBitConfig
-from tests.quant.layers.test_experts import FORMATS, mixture
+from tests.quant.layers.mixtures import FORMATS, mixture
 from tests.trainer.helpers import RandomTokens, arguments, optimizer_of, tiny_llama, training_logs
 
 STEPS = 20

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from hf_stablespam.trainer.callbacks.helpers.unwrapping import unwrap
 from tests.processes import run_once, run_processes
-from tests.quant.layers.test_experts import TRAINED
+from tests.quant.layers.mixtures import TRAINED
 from tests.trainer import distributed
 
 KINDS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")

@@ -26,7 +26,7 @@ from hf_stablespam import (
 )
 from hf_stablespam.quant.layers.experts import FourBitExperts
 from tests.processes import run_module
-from tests.quant.layers.test_experts import FORMATS, TOKENS, TRAINED, experts_of, mixture
+from tests.quant.layers.mixtures import FORMATS, TOKENS, TRAINED, experts_of, mixture
 from tests.trainer.helpers import optimizer_of, tiny_llama, training_logs
 
 trl = pytest.importorskip("trl", reason="trl is not installed: it is tested by `make test-versions`")

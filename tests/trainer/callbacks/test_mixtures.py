@@ -10,7 +10,7 @@ from tests.trainer.helpers import tiny_trainer, training_logs
 pytest.importorskip("transformers", minversion="5.0", reason="before transformers 5 experts are lists of nn.Linear")
 from transformers.integrations import moe
 
-from tests.quant.layers.test_experts import FORMATS, TOKENS, TRAINED, experts_of, mixture
+from tests.quant.layers.mixtures import FORMATS, TOKENS, TRAINED, experts_of, mixture
 
 
 def trainer_of(folder, model, name, by=None, **options):
