@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from pretrain import SHAPES
+from model_sizes import SHAPES
 
 OF_THE_PAPERS = ("60m", "130m", "350m", "1b", "7b")  # of GaLore and Stable-SPAM
 # vocabulary, width, feed-forward width, layers
