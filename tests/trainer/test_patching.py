@@ -1,6 +1,7 @@
 """Methods of other libraries are wrapped once, and come back as they were."""
 
 import pytest
+from transformers import Trainer
 
 from hf_stablespam.trainer import patching
 from tests.docs.pages import ROOT
@@ -107,4 +108,6 @@ def test_unregistering_leaves_the_originals_and_the_page_names_all_that_is_wrapp
     rows = [
         line.split("`")[1] for line in (ROOT / "docs/patches.md").read_text().splitlines() if line.startswith("| `")
     ]
+    if not hasattr(Trainer, "_mixed_mesh_grad_norm"):
+        rows.remove("Trainer._mixed_mesh_grad_norm")  # the page says: where transformers has it
     assert sorted(rows) == eval(written.splitlines()[-1])

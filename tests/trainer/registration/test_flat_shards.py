@@ -101,7 +101,7 @@ def test_deepspeed_of_accelerate_launch_counts(args):
 
 
 EVERYBODY = """
-import importlib, sys
+import importlib, os, sys
 import transformers.integrations.deepspeed
 sys.path.insert(0, sys.argv[2])
 importlib.reload(transformers.integrations.deepspeed)  # which asked at its import
@@ -121,6 +121,8 @@ kinds = {
     "fsdp 2": {"fsdp": "full_shard", "fsdp_config": {"version": 2}},
 }
 for kind, options in kinds.items():
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        os.environ.pop(name, None)  # transformers 4 leaves them behind, and each kind is to be met alone
     args = TrainingArguments(sys.argv[1], optim="stable_spam", max_grad_norm=0, use_cpu=True, report_to=[], **options)
     print(kind, "stable_spam", said(lambda: optimizer_cls_and_kwargs(args)), sep="|")
     for made in (
