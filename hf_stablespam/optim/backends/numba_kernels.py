@@ -4,7 +4,8 @@ The kernels find tensors by their addresses. Every thread takes the next chunk o
 that one that is late, or shares its core with a thread of PyTorch's that still spins, does less. bfloat16 is read and
 written through its bits, as uint16. The threads are Python's (see `numba_ops`), which the kernels let run: Numba's own
 compile for twice as long, change how many threads PyTorch takes where both use OpenMP, and end a process that was
-forked. A ``like`` is an empty array that tells a kernel a dtype.
+forked. A ``like`` is an empty array that tells a kernel a dtype. All is in one file, because a kernel that Numba keeps
+on disk is compiled anew when the file with it changes, and no other.
 """
 
 from functools import partial
