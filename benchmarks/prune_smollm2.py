@@ -193,7 +193,7 @@ def speed(options: argparse.Namespace) -> None:
     """Tokens per second of every file, one thread, the files taking turns."""
     from llama_cpp import LlamaCpp
 
-    files = sorted(Path(options.output_dir).glob("*-0.gguf"))
+    files = sorted(Path(options.output_dir).glob("*.gguf"))
     engines = {file.stem: LlamaCpp(file) for file in files}
     rates: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(4):
