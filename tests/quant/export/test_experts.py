@@ -4,14 +4,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-
-from hf_stablespam import FourBitConfig, convert_to_4bit, export_4bit
-from tests.quant.layers.mixtures import FAMILIES, SHAPE, TOKENS, experts_of, mixture
-
-pytest.importorskip("transformers", minversion="5.0", reason="before transformers 5 experts are lists of nn.Linear")
-pytest.importorskip("compressed_tensors", reason="export needs it; install the extra 'export'")
 from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+
+from hf_stablespam import FourBitConfig, convert_to_4bit, export_4bit
+from tests.quant.layers.mixtures import FAMILIES, SHAPE, TOKENS, experts_of, mixture, need_shared_form
+
+need_shared_form()
+pytest.importorskip("compressed_tensors", reason="export needs it; install the extra 'export'")
 
 PACKED = {"int4": FourBitConfig(group_size=32), "mxfp4": FourBitConfig(weight="mxfp4", activation="mxfp4")}
 ROUNDED = {"nvfp4": FourBitConfig.nvfp4(), "int4_asym": FourBitConfig(weight="int4_asym", group_size=32)}

@@ -7,15 +7,23 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from hf_stablespam import FourBitConfig, StableSPAM, convert_to_4bit, restore_linear
 from hf_stablespam.quant.layers.experts import FourBitExperts, weight_names
 from hf_stablespam.quant.layers.linear import fixed_weights
 from hf_stablespam.quant.parameter_counts import parameter_counts
-from tests.quant.layers.mixtures import FAMILIES, FORMATS, IMPLEMENTATIONS, TOKENS, experts_of, mixture
+from tests.quant.layers.mixtures import (
+    FAMILIES,
+    FORMATS,
+    IMPLEMENTATIONS,
+    TOKENS,
+    experts_of,
+    mixture,
+    need_shared_form,
+)
 
-pytest.importorskip("transformers", minversion="5.0", reason="before transformers 5 experts are lists of nn.Linear")
-from transformers import AutoModelForCausalLM
+need_shared_form()
 
 
 class Rounding(torch.autograd.Function):

@@ -115,7 +115,8 @@ def test_is_blamed_on_its_tensor_alone(tmp_path, optim, clipping):
     trainer = tiny_trainer(tmp_path, callbacks=callbacks, optim=optim, max_grad_norm=clipping, max_steps=STEP)
     trainer.train()
     row = training_logs(trainer)[STEP - 1]
-    assert math.isinf(row["grad_norm"])  # the symptom, as the Trainer logs it
+    if clipping or hasattr(Trainer, "_get_grad_norm"):  # transformers 5.0 has it for the log of clipping alone
+        assert math.isinf(row["grad_norm"])  # the symptom, as the Trainer logs it
     assert row["gradients/nonfinite"] == 1  # what was skipped
     assert row[f"gradients/nonfinite/{NAME}"] == 1
     assert [spike["tensor"] for spike in read_spikes(tmp_path)] == [NAME]
