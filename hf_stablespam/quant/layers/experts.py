@@ -123,7 +123,9 @@ class FourBitExperts(nn.Module):
                 f"experts_implementation must be 'eager', 'batched_mm' or 'grouped_mm' for 4-bit activations, got "
                 f"{implementation!r}, which rounds nothing between the products; set one of these, or activation=None"
             )
-        stand_in = StandIn(self, dtype, used_experts(index, self.num_experts))
+        # Another implementation than transformers' may read all experts.
+        used = used_experts(index, self.num_experts) if implementation in THROUGH_THE_GATE else None
+        stand_in = StandIn(self, dtype, used)
         with stand_in.rounded_again_in_backward():
             return self.original_class.forward(stand_in, StraightThrough.apply(x, recipe.activation), index, weights)
 
@@ -155,12 +157,13 @@ def used_experts(index: Tensor, count: int) -> list[int] | None:
     """The experts that tokens go to, or `None` where asking would make a device wait or end a compiled graph.
 
     Args:
-        index: which experts each token goes to; places past the last expert are of experts on other devices.
+        index: which experts each token goes to; places past the last expert are of experts on other devices, for which
+            ``batched_mm`` reads the last one.
         count: number of experts.
     """
     if index.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    return [expert for expert in index.unique().tolist() if expert < count]
+    return index.clamp(max=count - 1).unique().tolist()
 
 
 def quantize_experts(

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_stablespam import FourBitConfig, StableSPAM, convert_to_4bit, restore_linear
-from hf_stablespam.quant.layers.experts import FourBitExperts, weight_names
+from hf_stablespam.quant.layers.experts import FourBitExperts, used_experts, weight_names
 from hf_stablespam.quant.layers.linear import fixed_weights
 from hf_stablespam.quant.parameter_counts import parameter_counts
 from tests.quant.layers.mixtures import (
@@ -308,3 +308,22 @@ def test_lora_on_the_experts_parameters_is_rounded_with_them(convert_first: bool
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in adapted.named_parameters() if "lora_B" in n)
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(TOKENS).logits, logits, rtol=0, atol=1e-5)
+
+
+def test_for_places_of_experts_on_other_devices_the_last_one_is_rounded():
+    """`batched_mm` reads it for them: memory that nobody wrote, times a weight of zero, may be nan."""
+    assert used_experts(torch.tensor([[0, 4], [1, 4]]), 4) == [0, 1, 3]
+    assert used_experts(torch.tensor([[2, 0]]), 4) == [0, 2]
+
+
+def test_an_implementation_of_somebody_else_finds_every_expert(monkeypatch):
+    experts = experts_of(convert_to_4bit(mixture("qwen3_moe"), FORMATS["int4 weights"]))
+    seen = {}
+    monkeypatch.setattr(experts.config, "_experts_implementation_internal", "theirs", raising=False)
+    monkeypatch.setattr(
+        experts.original_class,
+        "forward",
+        lambda stand_in, x, index, weights: seen.update(down=stand_in.down_proj.detach().clone()) or x,
+    )
+    experts(torch.randn(6, 32), torch.zeros(6, 2, dtype=torch.long), torch.ones(6, 2))
+    assert torch.equal(seen["down"], experts.quantized("down_proj"))
