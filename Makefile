@@ -80,6 +80,7 @@ docs-serve: $(VENV)/.docs
 
 evidence-smoke: $(VENV)/.dev
 	$(BIN)/python benchmarks/evidence_smoke.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long tests/benchmarks/test_gpu_check.py
 
 gpu-check-rehearsal: $(VENV)/.dev
 	rm -rf .cache/gpu_check

@@ -1,4 +1,7 @@
-"""The first run on a GPU, rehearsed on the CPU; and without the packages that a bare machine lacks."""
+"""The first run on a GPU, rehearsed on the CPU, and without the packages that a bare machine lacks.
+
+`make evidence-smoke` runs this, among the pieces of the other benchmarks.
+"""
 
 import csv
 import os
@@ -30,7 +33,7 @@ def rows(path):
     return list(csv.DictReader(path.open(newline="")))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_rehearsal_runs_on_a_bare_machine(tmp_path):
     pytest.importorskip("triton", reason="triton is not installed: it exists for Linux on x86_64 only")
     python, results = bare_environment(tmp_path / "bare"), tmp_path / "results"
