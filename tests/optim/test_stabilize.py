@@ -9,6 +9,7 @@ from torch.optim import SGD, Adafactor, AdamW
 
 from hf_stablespam import optim
 from hf_stablespam.optim import StableSPAM, stabilize
+from hf_stablespam.optim.backends import numba_ops
 from tests.optim.common import TOLERANCE, assert_identical, gradients, parameters, snapshot, train
 
 SHAPES = [(64, 40), (7,), ()]
@@ -220,6 +221,27 @@ def test_gradients_are_afterwards_as_they_were_found():
         optimizer.step()
         assert all(param.grad is grad for param, grad in zip(params, row, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(row, before, strict=True))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_new_gradients_take_the_same_memory_in_every_step(fused, monkeypatch):
+    """New pages of memory cost more than all else in the step. Gradients of another layout or dtype get their own."""
+    if not fused:
+        monkeypatch.setattr(numba_ops, "can_run", lambda *dtypes: False)
+    params = parameters((64, 40), (40, 64))
+    optimizer, seen = stabilize(SGD(params, lr=0.1)), []
+    optimizer.register_step_pre_hook(lambda *_: seen.append([param.grad for param in params]))
+    rows = gradients(params, 4)
+    rows[2][0][0, 0] = torch.nan
+    rows[3][0] = rows[3][0].t().contiguous().t()
+    for row in rows:
+        for param, grad in zip(params, row, strict=True):
+            param.grad = grad
+        optimizer.step()
+    assert seen[0][0] is seen[1][0]
+    assert seen[2][0] is None
+    assert seen[3][0].stride() == (1, 64)
+    assert seen[0][1] is seen[1][1] is seen[2][1] is seen[3][1]
 
 
 def test_a_spike_does_not_pass():

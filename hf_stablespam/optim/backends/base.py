@@ -8,6 +8,8 @@ from torch import Tensor
 from hf_stablespam.optim.formulas import scale_of
 from hf_stablespam.optim.plan import CHANGING, Batch, Clipped, Clipping, Measured, Options, Plan, Trackers
 
+KEPT = "rescaled"  # beside the trackers
+
 
 class Backend(ABC):
     """Parameters, gradients and states of one step, and the passes over them."""
@@ -28,6 +30,14 @@ class Backend(ABC):
         """Write back what a step changes of them."""
         targets = [state[name] for name in CHANGING for state in self.batch.states]
         torch._foreach_copy_(targets, list(trackers.view(-1).unbind()))
+
+    def kept_memory(self) -> list[Tensor]:
+        """Memory like that of the gradients, kept from step to step: new pages cost more than what is written there."""
+        for grad, state in zip(self.batch.grads, self.batch.states, strict=True):
+            kept = state.get(KEPT)
+            if kept is None or kept.dtype != grad.dtype or kept.stride() != grad.stride() or kept.shape != grad.shape:
+                state[KEPT] = torch.empty_like(grad)
+        return [state[KEPT] for state in self.batch.states]
 
     @abstractmethod
     def measure(self) -> Measured:

@@ -84,8 +84,10 @@ class NumbaOps(Backend):
         torch.autograd.graph.increment_version(self.batch.params)  # as torch's own operations do: autograd notices
 
     def rescale(self, plan: Plan) -> list[Tensor]:
-        usable = zip(self.batch.grads, plan.finite.tolist(), strict=True)
-        new = [torch.empty_like(grad) if finite else torch.zeros_like(grad) for grad, finite in usable]
+        new = self.kept_memory()
+        for tensor, finite in zip(new, plan.finite.tolist(), strict=True):
+            if not finite:
+                tensor.zero_()
         self._launch(self.kernels.rescale, self._usable_chunks(plan), _addresses([new])[0], *self.grads, _rows(plan.by))
         return new
 

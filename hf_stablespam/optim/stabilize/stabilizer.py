@@ -34,11 +34,11 @@ def stabilize(
         AdaGN    m ← γ1·m + (1−γ1)·‖g‖        v ← γ2·v + (1−γ2)·‖g‖²
                  g ← g/‖g‖ · m̂/(√v̂+ε)         m̂ = m/(1−γ1ᵗ)       v̂ = v/(1−γ2ᵗ)
 
-    The optimizer sees the new gradients; after the step ``p.grad`` is again the tensor that it was, unchanged (the
-    new ones take the memory of one more set of gradients during the step). ``T``, ``m``, ``v`` and ``t`` are saved
-    and loaded with the optimizer's own `state_dict`, under ``stabilizer_…`` in the state of each parameter;
-    `stabilize` may come before or after `load_state_dict`. A pickled or deep-copied optimizer loses its hooks, as
-    all torch hooks: stabilise the copy.
+    The optimizer sees the new gradients; after the step ``p.grad`` is again the tensor that it was, unchanged. The new
+    ones take the memory of one more set of gradients: during the step, and on the CPU from the first step on, where new
+    memory would cost more each time than all the rest. ``T``, ``m``, ``v`` and ``t`` are saved and loaded with the
+    optimizer's own `state_dict`, under ``stabilizer_…`` in the state of each parameter; `stabilize` may come before or
+    after `load_state_dict`. A pickled or deep-copied optimizer loses its hooks, as all torch hooks: stabilise the copy.
 
     A gradient with ``nan`` or ``inf`` never enters the trackers. On the CPU the optimizer passes that tensor over
     for the step; on an accelerator, where asking would wait for the device, it sees zeros instead.
