@@ -75,9 +75,12 @@ class TorchOps(Backend):
         self.maxima = self.norms = torch.zeros(0, dtype=self.precise, device=device)
 
     def measure(self) -> Measured:
-        rows = [_measured(bucket.gather("grad", self.precise)) for bucket in self.buckets]
-        if rows:  # else this process holds no entry of any tensor
-            self.maxima, self.norms = (torch.cat(column) for column in zip(*rows, strict=True))
+        matrices = (bucket.gather("grad", self.precise) for bucket in self.buckets)
+        if self.on_host:
+            rows = torch.tensor([_measured_here(row) for row in matrices], dtype=self.precise)
+            self.maxima, self.norms = rows.view(-1, 2).t().contiguous()
+        elif self.buckets:  # else this process holds no entry of any tensor
+            self.maxima, self.norms = map(torch.cat, zip(*map(_measured, matrices), strict=True))
         grad_max = of_tensors(self.maxima, "max", self.counts)
         return Measured(grad_max, norms_of_tensors(self.norms, self.owners, grad_max, self.counts))
 
@@ -88,8 +91,11 @@ class TorchOps(Backend):
         for bucket, (threshold, ratio), (maxima, norm, count) in zip(self.buckets, columns, places, strict=True):
             if not self.on_host or maxima > threshold:
                 grad, spikes = _clipped(bucket.gather("grad", self.precise), threshold, ratio)
-                norm.copy_(_measured(grad)[1])
-                count.copy_(spikes.ne(0).sum(1, dtype=self.precise))
+                if self.on_host:
+                    norm[0], count[0] = _measured_here(grad)[1], spikes.count_nonzero()
+                else:
+                    norm.copy_(_measured(grad)[1])
+                    torch.sum(spikes, 1, dtype=self.precise, out=count)
         norm = norms_of_tensors(norms, self.owners, measured.grad_max, self.counts)
         return Clipped(norm, of_tensors(entries, "sum", self.counts))
 
@@ -124,8 +130,9 @@ class TorchOps(Backend):
                 continue
             grad = bucket.gather("grad", self.precise)
             if not self.on_host or maxima > numbers.threshold:
-                grad, _ = _clipped(grad, numbers.threshold, numbers.ratio)
-            grad = grad * numbers.factor
+                grad = _clipped(grad, numbers.threshold, numbers.ratio)[0].mul_(numbers.factor)
+            else:
+                grad = grad * numbers.factor
             yield target, (grad if self.on_host else grad.masked_fill_(~finite, 0), numbers)
 
     def _columns(self, vector: Tensor) -> list[Any]:
@@ -143,12 +150,18 @@ def _untouched_unless(finite: Tensor, by: Coefficients) -> Coefficients:
 
 
 def _measured(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest |entry| and the norm of each row; scaled first, unless squares are known to stay in range."""
+    """The largest |entry| and the norm of each row, by way of scaled entries, whose squares stay in range."""
     maxima = torch.maximum(matrix.amax(1), matrix.amin(1).neg())
-    if matrix.device.type in HOSTS and maxima.min() > TINY and maxima.max() < 1 / TINY:
-        return maxima, torch.linalg.vector_norm(matrix, dim=1)
     scale = scale_of(maxima)
     return maxima, scale * torch.linalg.vector_norm(matrix / scale.unsqueeze(1), dim=1)
+
+
+def _measured_here(row: Tensor) -> tuple[float, float]:
+    """The same of the only row, as numbers, which says whether squares stay in range unscaled."""
+    lowest, largest = (bound.item() for bound in row.aminmax())
+    if TINY < (largest := max(-lowest, largest)) < 1 / TINY:
+        return largest, torch.linalg.vector_norm(row).item()
+    return tuple(found.item() for found in _measured(row))  # type: ignore[return-value]
 
 
 def _clipped(grad: Tensor, threshold: Any, ratio: Any) -> tuple[Tensor, Tensor]:
