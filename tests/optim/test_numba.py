@@ -1,14 +1,17 @@
 """Numba's kernels: numbers through their bits, threads, and every place where Numba cannot run."""
 
 import os
+import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, get_ident
 
 import pytest
 import torch
 
 from hf_stablespam.optim import StableSPAM
 from hf_stablespam.optim.backends import numba_ops
+from hf_stablespam.optim.backends import threads as backend_threads
 from hf_stablespam.optim.plan import Batch, Clipping
 from tests.optim.common import gradients, parameters, train
 from tests.optim.test_backends import fresh_trackers
@@ -16,26 +19,30 @@ from tests.processes import run_code
 
 pytest.importorskip("numba", reason="numba (extra: cpu) is not installed")
 
-LONG = 3 * (1 << 16) + 5
+LONG = 9 * (1 << 16) + 5
 STEP = """
     import torch, warnings
     warnings.simplefilter("always")
     from hf_stablespam.optim import StableSPAM
+    torch.set_num_threads(2)
     def step():
-        weight = torch.nn.Parameter(torch.ones(600, 500))
+        weight = torch.nn.Parameter(torch.ones(1200, 500))
         optimizer = StableSPAM([weight], lr=0.1)
         for _ in range(3):
             weight.grad = torch.ones_like(weight)
             optimizer.step()
-        torch.testing.assert_close(weight.detach(), torch.full((600, 500), 0.7))
+        torch.testing.assert_close(weight.detach(), torch.full((1200, 500), 0.7))
 """
 
 
-@pytest.fixture(params=[1, 2, 3], ids="{} threads".format)
-def threads(request):
+@pytest.fixture(params=[(1, True), (2, True), (3, True), (2, False)], ids="{0[0]} threads, OpenMP {0[1]}".format)
+def threads(request, monkeypatch):
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    number, openmp = request.param
+    torch.set_num_threads(number)
+    if not openmp:  # as in PyTorch's builds with another one, and after a fork
+        monkeypatch.setattr(backend_threads, "_openmp", lambda process: None)
+    yield number
     torch.set_num_threads(before)
 
 
@@ -133,6 +140,33 @@ def test_threads_of_python_may_step_at_once(threads):
     assert maxima == [values.abs().max().item() for values in vectors] * 20
 
 
+def test_all_threads_are_called_and_an_error_of_any_is_raised(threads):
+    barrier, names, here = Barrier(threads, timeout=60), [], get_ident()
+
+    def function():
+        barrier.wait()
+        names.append(get_ident())
+
+    backend_threads.call_on(threads, function)
+    assert len(set(names)) == threads
+    assert here in names
+
+    def fail():
+        barrier.wait()
+        if get_ident() != here:
+            raise KeyboardInterrupt("by a user")
+
+    if threads > 1:
+        with pytest.raises(KeyboardInterrupt, match="by a user"):
+            backend_threads.call_on(threads, fail)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PyTorch brings GNU OpenMP for Linux only")
+def test_pytorch_s_openmp_is_found():
+    assert backend_threads._openmp(os.getpid()) is not None
+    assert backend_threads._openmp(-1) is None
+
+
 def test_nobody_s_number_of_threads_changes():
     import numba
 
@@ -152,14 +186,17 @@ def run(script: str, **environment: str) -> str:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_forked_process_steps_too():
-    """Numba's own threads would end it: "fork() called from a process already using GNU OpenMP"."""
+    """Numba's own threads would end it, and OpenMP's are not there: PyTorch's own operations wait for them forever."""
     script = """
         import os
+        from hf_stablespam.optim.backends.threads import call_on
         step()
-        child = os.fork()
+        child, called = os.fork(), []
         if child == 0:
+            torch.set_num_threads(1)
             step(), step()
-            os._exit(0)
+            call_on(2, lambda: called.append(torch.ones(3)))
+            os._exit(not called)
         assert os.waitpid(child, 0)[1] == 0
         step()
     """

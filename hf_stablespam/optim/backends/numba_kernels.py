@@ -1,11 +1,11 @@
 """The passes in machine code that Numba makes (extra ``cpu``): one call per thread for all tensors of a step.
 
 The kernels find tensors by their addresses. Every thread takes the next chunk of all tensors until none is left, so
-that one that is late, or shares its core with a thread of PyTorch's that still spins, does less. bfloat16 is read and
-written through its bits, as uint16. The threads are Python's (see `numba_ops`), which the kernels let run: Numba's own
-compile for twice as long, change how many threads PyTorch takes where both use OpenMP, and end a process that was
-forked. A ``like`` is an empty array that tells a kernel a dtype. All is in one file, because a kernel that Numba keeps
-on disk is compiled anew when the file with it changes, and no other.
+that one that is late, or shares its core with somebody else's, does less. bfloat16 is read and written through its
+bits, as uint16. The threads are those of `threads`, not Numba's own, which compile for twice as long, change how many
+PyTorch takes where both use OpenMP, and end a process that was forked. A ``like`` is an empty array that tells a kernel
+a dtype. All is in one file, because a kernel that Numba keeps on disk is compiled anew when the file with it changes,
+and no other.
 """
 
 from functools import partial

@@ -1,8 +1,6 @@
 """The passes on the CPU by `numba_kernels`: where everything is, and where Numba cannot be used."""
 
-import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,13 +12,14 @@ import torch
 from torch import Tensor
 
 from hf_stablespam.optim.backends.base import Backend
+from hf_stablespam.optim.backends.threads import call_on
 from hf_stablespam.optim.formulas import Coefficients
 from hf_stablespam.optim.plan import MOMENTS, Batch, Clipped, Clipping, Measured, Options, Plan, Trackers
 
 # how an array shows a tensor's entries
 _STORED = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16}
 _COUNTERS = ("step", "moment_step", "adopted_at", "clip_since")  # float32 whatever the others are
-SHORT = 4  # chunks that one thread has done before a second one begins
+SHORT = 8  # chunks that one thread has done before the others have begun
 
 
 class NumbaOps(Backend):
@@ -98,12 +97,8 @@ class NumbaOps(Backend):
     def _launch(self, kernel: Any, chunks: Any, *arguments: Any) -> None:
         """Call a kernel for chunks, on as many threads as PyTorch takes."""
         work = self.kernels.Work(np.zeros(1, np.int64), chunks, self.sizes, self.first, self.owners)
-        threads = max(1, min(torch.get_num_threads(), len(chunks) // SHORT))
-        others = [_pool(threads, os.getpid()).submit(kernel, work, *arguments) for _ in range(threads - 1)]
-        kernel(work, *arguments)
-        for other in others:
-            if not other.cancel():  # one that has not begun finds nothing left to do
-                other.result()
+        threads = torch.get_num_threads() if len(chunks) > SHORT else 1
+        call_on(threads, lambda: work.taken[0] < len(chunks) and kernel(work, *arguments))
 
 
 def _addresses(columns: list[list[Tensor]]) -> Any:
@@ -118,12 +113,6 @@ def _rows(by: Coefficients) -> Any:
 def _like(dtype: torch.dtype) -> Any:
     """An empty array that tells a kernel how entries of this dtype are stored."""
     return np.empty(0, _STORED[dtype])
-
-
-@cache
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads of this process: a forked one has none of its parent's."""
-    return ThreadPoolExecutor(threads, "stable_spam")
 
 
 @cache
