@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,48 @@ class Method:
     targets: str | None = None  # optim_target_modules, for GaLore
     clip: float = 0.0  # the Trainer's own max_grad_norm
     stabilized: bool = False
-    own: type[torch.optim.Optimizer] | None = None  # built here, because the Trainer has no name for it
+    own: Callable[..., torch.optim.Optimizer] | None = None  # built here: the Trainer has no name for it
     rates: tuple[float, ...] = (5e-4, 1e-3, 3e-3, 1e-2, 2e-2)
     arguments: dict[str, Any] = field(default_factory=dict)  # further TrainingArguments
+    stable: bool = False  # the whole learning rate until the last fifth, instead of a cosine
     scales: dict[str, float] = field(default_factory=dict)  # factors on learning rates, of LearningRateScaleCallback
 
     def optimizer(self, model: torch.nn.Module, learning_rate: float, steps: int) -> torch.optim.Optimizer | None:
         if self.own is None:
             return None
+        if self.own is MuonBesideAdamW:
+            return MuonBesideAdamW(model, learning_rate)
         options: dict[str, Any] = {"lr": learning_rate}
         if self.own is OfficialStableSPAM:
             options |= {"reset_interval": int(str(self.optim_args).removeprefix("reset_interval=")), "decay": steps}
         return self.own(model.parameters(), **options)
+
+
+class MuonBesideAdamW(torch.optim.Optimizer):
+    """Muon for the matrices of the layers, AdamW for the rest, the embedding at ten times the learning rate.
+
+    Muon's step is scaled to the size of AdamW's (Moonshot's rule), so that one learning rate serves both.
+    """
+
+    def __init__(self, model: torch.nn.Module, lr: float) -> None:
+        kinds: dict[str, list[torch.nn.Parameter]] = {"matrix": [], "embedding": [], "rest": []}
+        for name, param in model.named_parameters():
+            inside = "layers" in name and param.dim() == 2
+            kinds["matrix" if inside else "embedding" if "embed" in name else "rest"].append(param)
+        self.parts = (
+            torch.optim.Muon(kinds["matrix"], lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(
+                [{"params": kinds["embedding"], "lr": 10 * lr}, {"params": kinds["rest"]}], lr=lr, weight_decay=0.0
+            ),
+        )
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    def step(self, closure: Any = None) -> Any:
+        """Both, at the learning rates that a scheduler has put into the groups, which they share."""
+        loss = None if closure is None else closure()
+        for part in self.parts:
+            part.step()
+        return loss
 
 
 TARGETS = r".*\.(self_attn|mlp)\..*_proj"
@@ -110,6 +141,15 @@ METHODS |= {
 METHODS |= {
     f"{method}_decay": replace(METHODS[method], arguments={**METHODS[method].arguments, "weight_decay": 0.1})
     for method in [apart(method, "embedding", 10) for method in APART]
+}
+
+# what the field has for fewer steps, beside Stable-SPAM with the embedding's rate apart
+_BEST = METHODS[apart("stable_spam", "embedding", 10)]
+METHODS |= {
+    "shorter_wsd": replace(_BEST, stable=True),
+    "shorter_beta95": replace(_BEST, arguments=FASTER),
+    "shorter_muon": Method("sgd", own=MuonBesideAdamW),
+    "shorter_muon_stabilized": Method("sgd", own=MuonBesideAdamW, stabilized=True),
 }
 
 PRECISIONS: dict[str, FourBitConfig | None] = {

@@ -1,6 +1,6 @@
 """The figures of the quality benchmark, drawn from its record.
 
-python benchmarks/quality_plots.py            # docs/images/learning-rates.png and steps.png
+python benchmarks/quality_plots.py            # docs/images/learning-rates.png, steps.png and rates-apart.png
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.quality import read_record
-from benchmarks.quality_methods import METHODS
+from benchmarks.quality_methods import APART, METHODS, apart
 from benchmarks.quality_runs import Run
-from benchmarks.quality_studies import DEFAULT_RATE, SEEDS, SWEPT, Record, loss_of
+from benchmarks.quality_studies import APART_RATES, DEFAULT_RATE, SEEDS, SWEPT, Record, loss_of
 from benchmarks.quality_tables import curve
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
@@ -35,6 +35,7 @@ LABELS = {
     "spam": "SPAM",
     "adafactor": "Adafactor",
     "lion": "Lion",
+    "adamw_clipped_beta95": "AdamW + clipping, β2 0.95",
 }
 
 
@@ -82,6 +83,26 @@ def curves(base: Run, record: Record) -> plt.Figure:
     return figure
 
 
+def rates_apart(base: Run, record: Record) -> plt.Figure:
+    """Final loss over the matrices' learning rate where the embedding has ten times as much, INT4, the first seed."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    rates = sorted((DEFAULT_RATE, *APART_RATES))
+    for method, color in zip(APART, ("#0072B2", "#E69F00", "#D55E00"), strict=True):
+        for name, style in ((apart(method, "embedding", 10), "-"), (method, ":")):
+            runs = [replace(base, method=name, precision="int4", learning_rate=rate) for rate in rates]
+            points = [(run.learning_rate, loss_of(record, run)) for run in runs if run in record]
+            points = [point for point in points if math.isfinite(point[1])]
+            label = LABELS[method] if style == "-" else f"{LABELS[method]}, one rate for all"
+            if points:
+                axes.plot(*zip(*points, strict=True), style, marker="o", label=label, color=color)
+    axes.set(xscale="log", xlabel="learning rate of the matrices", ylabel=f"validation loss after {base.steps} steps")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure
+
+
 def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=IMAGES, help="folder of the images")
@@ -89,7 +110,7 @@ def main(command_line: list[str] | None = None) -> None:
     options = parser.parse_args(command_line)
     record, base = read_record(), Run("stable_spam", "int4", DEFAULT_RATE, steps=options.steps)
     options.output.mkdir(parents=True, exist_ok=True)
-    for name, draw in {"learning-rates": learning_rates, "steps": curves}.items():
+    for name, draw in {"learning-rates": learning_rates, "steps": curves, "rates-apart": rates_apart}.items():
         figure = draw(base, record)
         figure.savefig(options.output / f"{name}.png", dpi=120, metadata={"Software": None})
         plt.close(figure)

@@ -120,6 +120,11 @@ class Run:
     def arguments(self, folder: str) -> TrainingArguments:
         """Equal for all runs but for the optimizer, the learning rate and the seed."""
         method = METHODS[self.method]
+        schedule: dict[str, Any] = {"lr_scheduler_type": "cosine_with_min_lr"}
+        schedule["lr_scheduler_kwargs"] = {"min_lr_rate": 0.1}
+        if method.stable:
+            schedule["lr_scheduler_type"] = "warmup_stable_decay"
+            schedule["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, self.steps // 5), "min_lr_ratio": 0.1}
         return TrainingArguments(
             folder,
             optim=method.optim,
@@ -130,8 +135,6 @@ class Run:
             max_steps=self.steps,
             per_device_train_batch_size=self.batch_size,
             per_device_eval_batch_size=2 * self.batch_size,
-            lr_scheduler_type="cosine_with_min_lr",
-            lr_scheduler_kwargs={"min_lr_rate": 0.1},
             warmup_steps=max(1, self.steps // 10),
             seed=self.seed,
             bf16=self.bf16,
@@ -142,6 +145,7 @@ class Run:
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
+            **schedule,
             **method.arguments,
         )
 

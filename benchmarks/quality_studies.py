@@ -175,15 +175,48 @@ def rates_apart(base: Run, record: Record) -> Iterator[Run]:
                 yield replace(own, method=apart(method, "embedding", factor), seed=seed)
 
 
+APART_RATES = (6e-3, 1.5e-3, 1.2e-2, 7.5e-4)  # of the matrices, beside the default, in the order of their worth
+
+
 def honest_baselines(base: Run, record: Record) -> Iterator[Run]:
-    """Rates of the matrices with the embedding apart; AdamW with both β2 and with weight decay; full precision."""
+    """Rates of the matrices with the embedding apart; AdamW with both β2 and with weight decay; three seeds each."""
     own = replace(base, precision="int4", learning_rate=DEFAULT_RATE)
-    ours, theirs, faster = (apart(method, "embedding", 10) for method in APART)
-    yield from (replace(own, method=method) for method in (ours, theirs, faster))
-    yield from (replace(own, method=method, precision="full") for method in (ours, theirs, faster))
-    for rate in (6e-3, 1.5e-3, 1.2e-2, 7.5e-4):
-        yield from (replace(own, method=method, learning_rate=rate) for method in (ours, theirs, faster))
-    yield from (replace(own, method=f"{method}_decay") for method in (ours, theirs, faster))
+    names = [apart(method, "embedding", 10) for method in APART]
+    yield from (replace(own, method=method) for method in names)
+    yield from (replace(own, method=method, precision="full") for method in names)
+    for rate in APART_RATES:
+        yield from (replace(own, method=method, learning_rate=rate) for method in names)
+    yield from (replace(own, method=f"{method}_decay") for method in names)
+    for method in names:
+        best = best_apart(base, record, method)
+        if best is not None:
+            yield from over_seeds(best)
+
+
+def best_apart(base: Run, record: Record, method: str) -> Run | None:
+    """The run of the first seed that ended lowest, over the rates and weight decays; None while one is to be run."""
+    own = replace(base, method=method, precision="int4", seed=SEEDS[0])
+    tried = [replace(own, learning_rate=rate) for rate in (DEFAULT_RATE, *APART_RATES)]
+    tried.append(replace(own, method=f"{method}_decay", learning_rate=DEFAULT_RATE))
+    return min(tried, key=lambda run: loss_of(record, run)) if all(run in record for run in tried) else None
+
+
+SHORT, LONGER = 0.4, 0.75  # of the steps of the Trainer's default, and of the best AdamW: the goals
+SHORTER = ("stable_spam_embedding10", "shorter_wsd", "shorter_beta95", "shorter_muon", "shorter_muon_stabilized")
+
+
+def fewer_steps(base: Run, record: Record) -> Iterator[Run]:
+    """Whole runs of 0.4 and 0.75 of the steps, and what the field has to make them end lower; three seeds."""
+    own = replace(base, precision="int4", learning_rate=DEFAULT_RATE)
+    short, longer = (max(1, round(share * base.steps)) for share in (SHORT, LONGER))
+    tried = [replace(own, method=method, steps=short) for method in SHORTER]
+    yield from tried
+    yield replace(own, method=SHORTER[0], steps=longer)
+    if any(run not in record for run in tried):
+        return
+    best = min(tried, key=lambda run: loss_of(record, run))
+    for run in dict.fromkeys((tried[0], best, replace(best, steps=longer))):
+        yield from over_seeds(run)
 
 
 def best_factor(record: Record, base: Run) -> int | None:
@@ -216,6 +249,7 @@ STUDIES: dict[str, Callable[[Run, Record], Iterator[Run]]] = {
         candidates,
         rates_apart,
         honest_baselines,
+        fewer_steps,
         at_scale,
     )
 }

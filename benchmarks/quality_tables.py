@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from benchmarks.quality_methods import apart
+from benchmarks.quality_methods import APART, apart
 from benchmarks.quality_runs import Run
 from benchmarks.quality_studies import (
     BASELINES,
@@ -16,6 +16,7 @@ from benchmarks.quality_studies import (
     STEPS_RATES,
     STUDIES,
     Record,
+    best_apart,
     best_rate,
     loss_of,
     over_seeds,
@@ -136,6 +137,23 @@ def apart_table(base: Run, record: Record) -> str:
             cells.append(f"{number(found.mean)}{spread} ({seeds})")
         rows.append((name, "INT4", *cells))
     return markdown(("optimizer", "linear layers", "one learning rate", "embedding × 10"), rows)
+
+
+def fewer_table(base: Run, record: Record) -> str:
+    """What whole runs of fewer steps end at, beside the Trainer's default and the best AdamW in all steps, INT4."""
+    goals = [replace(base, method="adamw_clipped", precision="int4", learning_rate=DEFAULT_RATE)]
+    bests = [best for method in APART[1:] if (best := best_apart(base, record, apart(method, "embedding", 10)))]
+    goals += sorted(bests, key=lambda run: loss_of(record, run))[:1]
+    rows = [_fewer_row(found, base) for goal in goals for found in summaries(over_seeds(goal), record)]
+    runs = STUDIES["fewer_steps"](base, record)
+    rows += [_fewer_row(found, base) for found in summaries(runs, record)]
+    return markdown(("optimizer", "lr", "steps", "seeds", "loss", "± std"), rows)
+
+
+def _fewer_row(found: Summary, base: Run) -> tuple[str, ...]:
+    run, share = found.run, found.run.steps / base.steps
+    counts = f"{run.steps} ({share:g})", str(len(found.losses))
+    return f"`{run.method}`", f"{run.learning_rate:g}", *counts, number(found.mean), number(found.deviation)
 
 
 def _at_best(base: Run, record: Record) -> list[Run]:

@@ -125,12 +125,21 @@ def test_every_study_asks_for_known_methods_and_precisions(made):
 def test_a_method_without_its_options_would_not_be_that_method():
     assert "clip_beta=none,norm_betas=none" in METHODS["galore"].optim_args
     assert "rank=32" in METHODS["galore_stable_spam"].optim_args
-    assert [name for name, method in METHODS.items() if method.stabilized] == ["adamw_stabilized", "lion_stabilized"]
+    assert [name for name, method in METHODS.items() if method.stabilized] == [
+        *("adamw_stabilized", "lion_stabilized", "shorter_muon_stabilized")
+    ]
 
 
 @pytest.mark.parametrize(
     ("method", "precision"),
-    [("stable_spam", "int4"), ("adamw_clipped", "full"), ("lion_stabilized", "nvfp4"), ("official_reset100", "mxfp4")],
+    [
+        ("stable_spam", "int4"),
+        ("adamw_clipped", "full"),
+        ("lion_stabilized", "nvfp4"),
+        ("official_reset100", "mxfp4"),
+        ("shorter_muon_stabilized", "int4"),
+        ("shorter_wsd", "int4"),
+    ],
 )
 def test_a_real_run_gives_a_row_that_reads_back(method, precision, tmp_path, monkeypatch):
     monkeypatch.setattr(_record, "RESULTS", tmp_path)
@@ -165,14 +174,22 @@ def test_the_share_of_steps_to_each_adamw(made):
     assert len(lines) == 4
 
 
+def test_fewer_steps_stand_beside_the_goals(made):
+    quality.main(["--studies", "pairs", "honest_baselines", "fewer_steps"])
+    lines = quality_tables.fewer_table(BASE, quality.read_record()).splitlines()[2:]
+    assert lines[0] == "| `adamw_clipped` | 0.003 | 500 (1) | 3 | 3.010 | 0.010 |"
+    assert lines[1].startswith("| `adamw_clipped_embedding10` | 0.003 | 500 (1) | 3 |")
+    assert {line.split("|")[3].strip() for line in lines[2:]} == {"200 (0.4)", "375 (0.75)"}
+
+
 def test_minutes_become_steps(made, monkeypatch, tmp_path):
     monkeypatch.setattr(Run, "train", lambda run: made.append(run) or {"seconds_per_step": 0.5, "eval_loss": 1.0})
     assert quality.steps_within(2, BASE) == 240
 
 
 def test_the_figures_are_drawn_from_the_record(made, tmp_path):
-    quality.main(["--studies", "pairs", "sweep"])
+    quality.main(["--studies", "pairs", "sweep", "honest_baselines"])
     quality_plots.main(["--output", str(tmp_path / "images")])
     sizes = [path.stat().st_size for path in (tmp_path / "images").glob("*.png")]
-    assert len(sizes) == 2
+    assert len(sizes) == 3
     assert min(sizes) > 10_000
