@@ -26,6 +26,7 @@ from benchmarks import (
     prune_smollm2,
     qat_record,
     qat_tables,
+    step_tables,
 )
 from benchmarks._record import RESULTS
 from benchmarks.cost_on_paper import cost_table
@@ -58,6 +59,7 @@ def makers() -> dict[str, Callable[[], str]]:
     found["apart"] = lambda: apart_table(BASE, record)
     found["fewer_steps"] = lambda: fewer_table(BASE, record)
     found["demo"] = demo_record.table
+    found |= {"step-cost": step_tables.table, "step-summary": step_tables.summary}
     found |= {"share-of-steps": lambda: steps_table(BASE, record), "cost": cost_table}
     damaged = faults.read(RESULTS / "faults.csv")
     found |= {"faults": lambda: faults.table(damaged), "faults-bound": lambda: faults.bound_table(damaged)}
