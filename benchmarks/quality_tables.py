@@ -122,11 +122,11 @@ def steps_table(base: Run, record: Record) -> str:
 
 
 def apart_table(base: Run, record: Record) -> str:
-    """One learning rate for all tensors against ten times as much for the embedding, INT4, at the demo's rate."""
+    """One learning rate for all tensors, and ten and thirty times as much for the embedding, INT4, the demo's rate."""
     rows = []
     for method, name in (("adamw_clipped", "AdamW + clipping"), ("stable_spam", "Stable-SPAM")):
         cells = []
-        for each in (method, apart(method, "embedding", 10)):
+        for each in (method, *(apart(method, "embedding", factor) for factor in (10, 30))):
             own = replace(base, method=each, precision="int4", learning_rate=DEFAULT_RATE)
             (found,) = summaries(over_seeds(own), record) or [None]
             if found is None:
@@ -136,7 +136,7 @@ def apart_table(base: Run, record: Record) -> str:
             seeds = f"{len(found.losses)} seed{'s' * (len(found.losses) > 1)}"
             cells.append(f"{number(found.mean)}{spread} ({seeds})")
         rows.append((name, "INT4", *cells))
-    return markdown(("optimizer", "linear layers", "one learning rate", "embedding × 10"), rows)
+    return markdown(("optimizer", "linear layers", "one learning rate", "embedding × 10", "embedding × 30"), rows)
 
 
 def fewer_table(base: Run, record: Record) -> str:
