@@ -9,6 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pruning.json")
+TOKENIZER = (
+    *("tokenizer*", "chat_template*", "added_tokens.json", "special_tokens_map.json"),
+    *("vocab.*", "merges.txt", "spiece.model"),
+)
+
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -27,8 +33,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder beside `path` to write to; its files move into `path` at the end of the block.
 
-    Files of `path` with other names stay, except weights: shards of an earlier model beside those of this one would
-    be read with them.
+    Files of `path` with other names stay, except those that would be read with the new ones: shards and widths of an
+    earlier model, and with a tokenizer what an earlier one wrote.
 
     Raises:
         OSError: something could not be written; `path` is what it was.
@@ -43,9 +49,11 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         for name in written:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(folder / name, target / name)
-        for old in (*target.glob("*.safetensors"), *target.glob("*.safetensors.index.json")):
-            if old.relative_to(target) not in written:
-                old.unlink()
+        has_tokenizer = any(name.match(TOKENIZER[0]) for name in written)
+        for pattern in (*WEIGHTS, *(TOKENIZER if has_tokenizer else ())):
+            for old in target.glob(pattern):
+                if old.relative_to(target) not in written and old.is_file():
+                    old.unlink()
 
 
 @contextmanager

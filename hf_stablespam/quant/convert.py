@@ -19,7 +19,7 @@ from hf_stablespam.quant.layers.experts import FourBitExperts, is_experts
 from hf_stablespam.quant.layers.instance_forward import check_forward
 from hf_stablespam.quant.layers.linear import FourBitLinear, check_weight
 from hf_stablespam.quant.parameter_counts import in_words
-from hf_stablespam.quant.target_layers import is_adapter, target_layers, with_group_size
+from hf_stablespam.quant.target_layers import is_adapter, target_layers, unmatched, with_group_size
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,12 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
         return model
     if not chosen and not experts and not converted:
         raise ValueError(f"no layer to convert to 4 bits: {_why_nothing(model, config)}")
+    if idle := unmatched(model, config):
+        logger.warning(
+            "%s in target_modules or modules_to_not_convert: no module of the model is called so: it does nothing;"
+            " mend the name, or leave it out",
+            ", ".join(map(repr, idle)),
+        )
     for name in chosen.keys() & directly_read(model).keys():
         logger.warning(
             "%s, named in target_modules, is a layer whose weight %s may read and multiply by itself: what it computes"

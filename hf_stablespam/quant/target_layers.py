@@ -39,6 +39,14 @@ def target_layers(model: nn.Module, config: FourBitConfig) -> dict[str, nn.Modul
     return wanted
 
 
+def unmatched(model: nn.Module, config: FourBitConfig) -> list[str]:
+    """Patterns of the configuration, beside those that it has by default, that no module's name matches."""
+    defaults = FourBitConfig().modules_to_not_convert
+    given = (*(config.target_modules or ()), *(x for x in config.modules_to_not_convert if x not in defaults))
+    names = [name for name, _ in model.named_modules()]
+    return [pattern for pattern in given if not any(_matches(name, (pattern,)) for name in names)]
+
+
 def is_adapter(name: str, adapters: set[str]) -> bool:
     """Whether a module belongs to an adapter: these are small, and trained in full precision."""
     return name in adapters or TRAINED_WHOLE.search(name) is not None

@@ -48,28 +48,37 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str], before: int | N
     """
     if before is not None and (isinstance(before, bool) or not isinstance(before, int) or before < 1):
         raise ValueError(f"before must be an integer of at least 1, got {before!r}; None means all checkpoints")
-    folder = Path(output_dir)
+    return _newest(Path(output_dir), before)
+
+
+def last_checkpoint_with_weights(output_dir: str | os.PathLike[str]) -> str | None:
+    """The newest checkpoint whose weights were written to their end, also one without what a run needs to go on."""
+    return _newest(Path(output_dir), resumable=False)
+
+
+def _newest(folder: Path, before: int | None = None, resumable: bool = True) -> str | None:
     found = [(int(match[1]), path) for path in _folders(folder) if (match := _NAME.fullmatch(path.name))]
     for step, path in sorted(found, reverse=True):
         if before is not None and step >= before:
             continue
-        problem = what_is_missing(path, step)
+        problem = what_is_missing(path, step, resumable)
         if problem is None:
             return str(path)
         logger.warning("checkpoint %s is not complete and is passed over: %s", path, problem)
     return None
 
 
-def what_is_missing(checkpoint: Path, step: int) -> str | None:
+def what_is_missing(checkpoint: Path, step: int, resumable: bool = True) -> str | None:
     """Why a run cannot go on from a checkpoint, in words; `None` if it can.
 
     Args:
         checkpoint: its folder.
         step: the number in the folder's name.
+        resumable: False if the weights alone are wanted.
     """
     problem = _problem_of_state(checkpoint / _STATE, step)
     if problem is None:
-        problem = _problem_of_presence(checkpoint)
+        problem = _problem_of_presence(checkpoint, resumable)
     if problem is None:
         problems = (_problem_of_file(path) for path in sorted(checkpoint.iterdir()) if path.is_file())
         problem = next((text for text in problems if text), None)
@@ -93,13 +102,13 @@ def _problem_of_state(path: Path, step: int) -> str | None:
     return None
 
 
-def _problem_of_presence(checkpoint: Path) -> str | None:
+def _problem_of_presence(checkpoint: Path, resumable: bool) -> str | None:
     def has(patterns: tuple[str, ...]) -> bool:
         return any(next(checkpoint.glob(pattern), None) for pattern in patterns)
 
     if not has(_WEIGHTS):
         return "it has no weights"
-    if not has(_OPTIMIZER):
+    if resumable and not has(_OPTIMIZER):
         return "it has no optimizer state (as with save_only_model=True)"
     for name in _INDICES:
         if (checkpoint / name).exists() and (problem := _problem_of_shards(checkpoint / name)):

@@ -18,7 +18,7 @@ from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit, exp
 from hf_stablespam.quant.convert import CONFIG_KEY
 from hf_stablespam.quant.export import export_unpacked
 from hf_stablespam.quant.export.widths import has_widths
-from hf_stablespam.trainer.checkpoints import last_complete_checkpoint
+from hf_stablespam.trainer.checkpoints import last_checkpoint_with_weights
 from hf_stablespam.trainer.pruned_checkpoint import load_widths
 from hf_stablespam.trainer.registration.quantization_config import QUANT_METHOD
 
@@ -169,7 +169,7 @@ def _checkpoint_of(folder: Path) -> Path:
     """`folder`, or the last checkpoint in it where it holds no model itself."""
     if any((folder / name).exists() for name in ("config.json", "adapter_config.json")) or not folder.is_dir():
         return folder
-    return Path(last_complete_checkpoint(folder) or folder)
+    return Path(last_checkpoint_with_weights(folder) or folder)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The frozen reference of preference training (TRL's DPO, KTO, GRPO, …) computes in 4 bits if the policy does.
 
 The policy's loss compares the two: with a reference in high precision it would push the policy to undo the rounding.
-TRL makes the reference after the Trainer, so it is converted when training or evaluating begins.
+TRL makes the reference after the Trainer, so it is converted when training, evaluating or predicting begins.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 def convert_references() -> None:
     """From now on a Trainer with a 4-bit model and a `ref_model` converts the latter as the model is."""
-    for method in ("train", "evaluate"):
+    for method in ("train", "evaluate", "predict"):
         patch(Trainer, method, _after_converting)
 
 

@@ -117,6 +117,16 @@ def test_a_model_without_a_layer_to_convert_is_refused(model: nn.Module, options
         convert_to_4bit(model, FourBitConfig(**options))
 
 
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_not_convert"])
+def test_a_name_that_nothing_has_is_warned_about(field: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.ModuleDict({"up_proj": nn.Linear(8, 8), "down_proj": nn.Linear(8, 8)})
+    with caplog.at_level(logging.WARNING, logger="hf_stablespam"):
+        convert_to_4bit(model, FourBitConfig(**{field: ("up_proj", "dwon_proj")}))
+    assert "'dwon_proj' in target_modules or modules_to_not_convert: no module of the model is called so" in caplog.text
+    assert "'up_proj'" not in caplog.text
+    assert "lm_head" not in caplog.text  # by default it is left alone, where there is one
+
+
 def test_integer_weights_are_refused_by_name() -> None:
     model = Model()
     model.layers[1].q_proj.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False)

@@ -8,6 +8,7 @@ import pytest
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_stablespam import last_complete_checkpoint
+from hf_stablespam.trainer.checkpoints import last_checkpoint_with_weights
 from tests.trainer.helpers import tiny_trainer
 
 
@@ -87,6 +88,13 @@ def test_a_missing_file_is_noticed(copy, caplog, name, problem):
     (copy / "checkpoint-4" / name).unlink()
     assert last_complete_checkpoint(copy) == str(copy / "checkpoint-2")
     assert problem in caplog.text
+
+
+def test_for_an_export_the_weights_are_enough(copy):
+    (copy / "checkpoint-4" / "optimizer.pt").unlink()
+    assert last_checkpoint_with_weights(copy) == str(copy / "checkpoint-4")
+    (copy / "checkpoint-4" / "model.safetensors").unlink()
+    assert last_checkpoint_with_weights(copy) == str(copy / "checkpoint-2")
 
 
 @pytest.mark.parametrize("name", ["notes.bin", "embeddings.pt", "teacher.safetensors", "vocab.pth"])

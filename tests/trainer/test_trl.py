@@ -212,11 +212,16 @@ def test_the_reference_of_dpo_is_converted_as_the_policy_is(tmp_path, given):
     assert any(isinstance(module, FourBitLinear) for module in trainer.ref_model.modules())
 
 
-def test_the_reference_of_a_policy_that_was_loaded_in_4_bits(tmp_path):
+@pytest.mark.parametrize("by", ["evaluate", "predict"])
+def test_the_reference_of_a_policy_that_was_loaded_in_4_bits(tmp_path, by):
     base_model(tmp_path / "base")
     policy = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=FourBitConfig())
     trainer = preferences(trl.DPOTrainer, tmp_path, model=policy, callbacks=[])
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    if by == "evaluate":
+        loss = trainer.evaluate()["eval_loss"]
+    else:
+        loss = trainer.predict(trainer.eval_dataset).metrics["test_loss"]
+    assert loss == pytest.approx(math.log(2), abs=1e-6)
     assert any(isinstance(module, FourBitLinear) for module in trainer.ref_model.modules())
 
 

@@ -104,7 +104,7 @@ class FourBitLinear(nn.Linear):
         """
         # A tensor made in inference mode could not be used by a later training step.
         with torch.inference_mode(False), torch.no_grad():
-            return quantize_weight(self.weight, self.recipe, dtype or self.weight.dtype, self.shared_amax())
+            return quantize_weight(self.effective_weight(), self.recipe, dtype or self.weight.dtype, self.shared_amax())
 
     def shared_amax(self) -> Tensor | None:
         """Largest magnitude of this weight and its partners' (NVFP4 only)."""

@@ -84,6 +84,20 @@ def test_a_smaller_export_replaces_a_larger_one_whole(tmp_path: Path) -> None:
     tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_what_would_be_read_with_the_new_files_goes_with_the_old_ones(tmp_path: Path) -> None:
+    """A chat template, or the widths of a pruned model, that the new export does not have."""
+    old = ("pruning.json", "chat_template.jinja", "vocab.json", "README.md", "preprocessor_config.json")
+    for name in old:
+        (tmp_path / name).write_text("old")
+    with atomic_folder(tmp_path) as folder:
+        (folder / "model.safetensors").write_text("new")
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", *old[1:]}
+    with atomic_folder(tmp_path) as folder:
+        for name in ("model.safetensors", "tokenizer.json"):
+            (folder / name).write_text("new")
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "tokenizer.json", *old[3:]}
+
+
 def test_files_appear_whole_with_the_usual_permissions(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
     with pytest.raises(TypeError), atomic_file(tmp_path / "new/file") as path:

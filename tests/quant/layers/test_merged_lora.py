@@ -14,6 +14,7 @@ from torch import nn
 from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, fixed_weights, restore_linear
 from hf_stablespam.quant.layers.matmul import quantize_weight
 from hf_stablespam.quant.layers.merged_lora import MergedLoraLinear
+from hf_stablespam.trainer.callbacks.helpers.figures.quantization_error import squared_errors
 from tests.quant.export.gguf.models import tiny
 
 CONFIG = FourBitConfig("int4", None, group_size=32, adapters="merged")
@@ -250,3 +251,17 @@ def test_separate_adapters_are_left_to_peft() -> None:
     assert type(layer_of(model)) is lora.Linear
     with pytest.raises(ValueError, match="adapters must be one of 'separate', 'merged', got 'both'"):
         FourBitConfig(adapters="both")
+
+
+def test_the_weight_that_is_shown_and_measured_is_the_one_that_is_rounded():
+    model = adapted()
+    layer = layer_of(model).base_layer
+    merged, plain = layer.quantized_weight(), quantize_weight(layer.weight, layer.recipe, torch.float32)
+    assert torch.equal(merged, quantize_weight(layer.effective_weight(), layer.recipe, torch.float32))
+    assert not torch.equal(merged, plain)
+    names, sums = squared_errors(model)
+    row = sums[next(index for index, name in enumerate(names) if "layers.1.self_attn.q_proj" in name)]
+    wanted = [layer.effective_weight(), layer.effective_weight() - merged]
+    torch.testing.assert_close(row, torch.stack([part.detach().square().sum() for part in wanted]))
+    with model.disable_adapter():
+        assert torch.equal(layer.quantized_weight(), plain)

@@ -29,7 +29,7 @@ def squared_errors(model: nn.Module) -> tuple[list[str], Tensor]:
 
 
 def _squared_error(module: FourBitLinear) -> Tensor:
-    weight = full(module.weight.detach())
+    weight = full(module.effective_weight().detach())
     quantized = quantize_weight(weight, module.recipe, weight.dtype, module.shared_amax())
     # With a Hadamard transform both are in its basis.
     exact = quantize_weight(weight, module.recipe._replace(weight=None), weight.dtype)
