@@ -131,6 +131,17 @@ def largest_magnitudes(groups: Tensor, quantizer: Quantizer) -> tuple[Tensor, tu
     return magnitudes.amax(-1, keepdim=True), (places, groups.gather(-1, places))
 
 
+def amax_of_each(matrices: Tensor, quantizer: Quantizer) -> Tensor:
+    """The largest magnitude that NVFP4's scale of each matrix is made for, as `quantize` takes it for all of them.
+
+    Args:
+        matrices: (count, rows, width) numbers.
+        quantizer: what rounds them; its outliers do not count.
+    """
+    groups = split_into_groups(matrices.detach(), min(quantizer.group_size, matrices.shape[-1]))
+    return poison(largest_magnitudes(groups, quantizer)[0]).amax((1, 2, 3), keepdim=True)
+
+
 def quantize(x: Tensor, quantizer: Quantizer, amax: Tensor | None = None) -> Quantized:
     """Put `x` on a 4-bit grid and return codes and scales.
 
@@ -140,7 +151,7 @@ def quantize(x: Tensor, quantizer: Quantizer, amax: Tensor | None = None) -> Qua
         x: (..., width) numbers; with 2-D blocks a matrix.
         quantizer: what to do.
         amax: for NVFP4: the largest magnitude that the tensor's scale is made for, when several tensors share
-            one; default: that of `x`.
+            one; default: that of `x`. Or of each matrix of `x`, see `amax_of_each`.
     """
     work = x.detach()
     if work.dtype not in (torch.float32, torch.float64):

@@ -71,7 +71,7 @@ def tensor_scale(amax: Tensor, four_over_six: bool = False) -> Tensor:
     It is one that a checkpoint can hold, see `readable_scale`.
 
     Args:
-        amax: largest magnitude of the tensor, a scalar.
+        amax: largest magnitude of the tensor, a scalar; several for as many tensors, each with a scale of its own.
         four_over_six: leave room for blocks whose maximum is mapped to 4.
     """
     largest = E4M3_MAX_FOUR_OVER_SIX if four_over_six else E4M3_MAX
@@ -87,13 +87,14 @@ def readable_scale(whole: Tensor) -> Tensor:
     the last is set: products with codes and block scales then lie at least 2^-18 of their size from every such middle.
 
     Args:
-        whole: float32 scale, 0-dimensional.
+        whole: float32 scale, 0-dimensional; several are replaced or kept each by itself.
     """
     # The odd parts of all codes and of all E4M3 numbers; powers of two round nothing.
     codes = torch.arange(1.0, 4.0, 2.0, device=whole.device).unsqueeze(1)
     scales = torch.arange(1.0, 16.0, 2.0, device=whole.device)
-    trained, read = codes * (whole * scales), codes * (scales / (1.0 / whole))
-    same = (round_to(trained, torch.bfloat16) == round_to(read, torch.bfloat16)).all()
+    each = whole[..., None, None]  # beside all codes and scales
+    trained, read = codes * (each * scales), codes * (scales / (1.0 / each))
+    same = (round_to(trained, torch.bfloat16) == round_to(read, torch.bfloat16)).flatten(-2).all(-1)
     odd = ((whole.view(torch.int32) & -0x1000) | 0x1000).view(torch.float32)
     return torch.where(same, whole, odd)
 

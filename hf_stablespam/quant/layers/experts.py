@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_stablespam.quant.config import FourBitConfig
+from hf_stablespam.quant.formats.number_formats import ScaleKind
+from hf_stablespam.quant.formats.quantizer import amax_of_each
 from hf_stablespam.quant.layers.matmul import FourBitMatmul, Recipe, StraightThrough, quantize_weight
 from hf_stablespam.quant.layers.stand_in import StandIn, weight_names
 
@@ -181,9 +183,13 @@ def quantize_experts(
     weight = weight.detach()
     rows = weight.transpose(1, 2) if transposed else weight
     at_once = rows.is_cuda or torch.compiler.is_compiling()  # a loop would be written out, expert by expert
-    if at_once and not (recipe.weight is not None and recipe.weight.square):
+    # Square blocks are those of one matrix, and a transform's sums depend on how many are multiplied.
+    alone = recipe.hadamard == "all" or (recipe.weight is not None and recipe.weight.square)
+    if at_once and not alone:
         rows = rows.contiguous()
-        amax = rows.abs().amax((1, 2)).view(-1, 1, 1, 1)
+        quantizer, amax = recipe.weight, None
+        if quantizer is not None and quantizer.format.scale is ScaleKind.E4M3:
+            amax = amax_of_each(rows, quantizer)
         rounded = quantize_weight(rows, recipe, dtype, amax)
     else:  # on a CPU one expert at a time stays in the cache
         rounded = torch.empty(rows.shape, dtype=dtype, device=rows.device)

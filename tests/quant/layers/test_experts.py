@@ -10,8 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_stablespam import FourBitConfig, StableSPAM, convert_to_4bit, restore_linear
-from hf_stablespam.quant.layers.experts import FourBitExperts, used_experts, weight_names
+from hf_stablespam.quant.formats.number_formats import FORMATS as WEIGHT_FORMATS
+from hf_stablespam.quant.layers.experts import FourBitExperts, quantize_experts, used_experts, weight_names
 from hf_stablespam.quant.layers.linear import fixed_weights
+from hf_stablespam.quant.layers.matmul import Recipe
 from hf_stablespam.quant.parameter_counts import parameter_counts
 from tests.quant.layers.mixtures import (
     FAMILIES,
@@ -258,6 +260,31 @@ def test_what_is_saved_for_the_backward_pass(cache_weights: bool) -> None:
     alive = [one for one in tensors if one.shape == experts.down_proj.shape and one.data_ptr() not in known]
     assert bool(alive) is cache_weights, "nor does anything else keep it until then"
     y.sum().backward()
+
+
+ROUNDINGS = [
+    *({"weight": name, "group_size": 32} for name in WEIGHT_FORMATS),
+    *({"weight": name, "group_size": 32, "weight_outliers": 2} for name in ("int4", "mxfp4", "nvfp4")),
+    {"weight": "nvfp4", "four_over_six": True},
+    {"weight": "nvfp4", "weight_block": "2d"},
+    {"weight": "nvfp4", "hadamard": "all"},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", ROUNDINGS, ids=str)
+def test_all_at_once_are_what_each_expert_is_by_itself(monkeypatch, options: dict, dtype: torch.dtype) -> None:
+    """As a GPU and a compiled graph round them; exports, and a CPU, go expert by expert."""
+    recipe = Recipe.of(FourBitConfig(activation=None, **options))
+    for seed in range(20):
+        weight = torch.randn(16, 8, 64, generator=torch.Generator().manual_seed(seed)).mul_(0.02).to(dtype)
+        if seed == 0:
+            weight[3, 2, 1] = torch.inf
+        monkeypatch.setattr("torch.compiler.is_compiling", lambda: False)
+        alone = quantize_experts(weight, recipe, torch.float32, transposed=False)
+        monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+        at_once = quantize_experts(weight, recipe, torch.float32, transposed=False)
+        assert torch.equal(at_once.nan_to_num(-7.0), alone.nan_to_num(-7.0)), seed
 
 
 def test_compiled_without_a_graph_break() -> None:
