@@ -2,7 +2,8 @@
 
 Experimental: the kernel is tested in Triton's interpreter, where it equals `quantizer.py` bit for bit; nobody has run
 it on a GPU yet. `FourBitConfig(fused=True)` switches it on. What it does not cover (stochastic rounding, square
-blocks, the 4-or-6 rule, float64) goes the ordinary way. Under `torch.compile` the compiler fuses by itself.
+blocks, the 4-or-6 rule, float64, NVFP4's experts) goes the ordinary way. Under `torch.compile` the compiler fuses by
+itself.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_stablespam.quant.formats.number_formats import ScaleKind
+from hf_stablespam.quant.formats.quantizer import amax_of_each
 from hf_stablespam.quant.formats.scales import SMALLEST, tensor_scale
 
 NUMBERS_PER_PROGRAM = 4096
@@ -175,10 +177,11 @@ def _fake_quantize(
     tl.store(out_pointer + place, value.to(out_pointer.dtype.element_ty), mask=mask)
 
 
-def covers(x: Tensor, quantizer: Any) -> bool:
-    """Whether the kernel does what `quantizer` asks for."""
+def covers(x: Tensor, quantizer: Any, amax: Tensor | None = None) -> bool:
+    """Whether the kernel does what `quantizer` asks for; it has one NVFP4 scale, not one for each expert."""
     special = quantizer.stochastic or quantizer.square or quantizer.four_over_six or quantizer.format.signed
-    return not special and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    several = amax is not None and amax.numel() > 1
+    return not (special or several) and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def fake_quantize(x: Tensor, quantizer: Any, amax: Tensor | None = None) -> Tensor:
@@ -193,7 +196,9 @@ def fake_quantize(x: Tensor, quantizer: Any, amax: Tensor | None = None) -> Tens
     block = max(1, NUMBERS_PER_PROGRAM // padded)
     outliers = min(quantizer.outliers, size - 1)
     if format.scale is ScaleKind.E4M3:
-        whole = tensor_scale(x.abs().amax() if amax is None else amax).reshape(1)
+        if amax is None:
+            amax = amax_of_each(x.view(1, -1, width), quantizer) if outliers else x.abs().amax()
+        whole = tensor_scale(amax).reshape(1)
     else:
         whole = x  # never read
     out = torch.empty_like(x)

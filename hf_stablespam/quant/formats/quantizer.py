@@ -56,7 +56,7 @@ class Quantizer:
         if self.fused and x.is_cuda and not torch.compiler.is_compiling():
             from hf_stablespam.quant.formats import fused  # needs Triton
 
-            if fused.covers(x, self):
+            if fused.covers(x, self, amax):
                 return fused.fake_quantize(x, self, amax)
         return quantize(x, self, amax).consume().to(x.dtype)
 
