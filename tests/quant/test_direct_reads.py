@@ -189,6 +189,27 @@ def test_hooks_of_accelerate_that_came_first_call_the_4_bit_layer() -> None:
     assert torch.equal(restore_linear(model)(x), plain)
 
 
+def test_hooks_of_accelerate_under_an_adapter_stay() -> None:
+    """The adapter is tried with something else in the layer's place, and the layer is what it was."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+    from peft import LoraConfig, get_peft_model
+
+    class Doubles(ModelHook):
+        def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+            return output * 2
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 8)), torch.randn(3, 32)
+    layer = model[0]
+    add_hook_to_module(layer, Doubles())
+    adapted = get_peft_model(model, LoraConfig(target_modules=["0"]))
+    convert_to_4bit(adapted, FourBitConfig("int4", None, group_size=32))
+    expected = F.linear(x, layer.quantized_weight(), layer.bias)
+    assert torch.equal(adapted(x), expected * 2)
+    remove_hook_from_module(layer)
+    assert torch.equal(adapted(x), expected)
+
+
 def test_a_forward_that_somebody_put_on_the_layer_must_call_the_class() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     layer = model[0]

@@ -81,14 +81,17 @@ def _calls(adapter: Any, base: FourBitLinear) -> bool:
         return x.new_zeros(*x.shape[:-1], base.out_features)
 
     row = torch.zeros(1, base.in_features, dtype=base.weight.dtype, device=base.weight.device)
-    base.__dict__["forward"] = stand_in
+    own = base.__dict__
+    before = {"forward": own["forward"]} if "forward" in own else {}  # where hooks of accelerate stand
+    own["forward"] = stand_in
     try:
         with torch.no_grad():
             adapter(row)
     except Exception:  # an adapter with arguments of its own, or on the meta device
         return True
     finally:
-        del base.__dict__["forward"]
+        del own["forward"]
+        own.update(before)
     return called
 
 
