@@ -21,6 +21,7 @@ from hf_stablespam.trainer.callbacks.helpers.moment_resets.checks import (
     integer,
     listed,
     say_what_never_comes,
+    say_what_was_missed,
     spike_factor,
 )
 from hf_stablespam.trainer.callbacks.helpers.moment_resets.restart import Restart, restart_of
@@ -144,7 +145,10 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
         for group in unwrap(kwargs["optimizer"]).param_groups:
             if "reset_interval" in group:
                 group["reset_interval"] = None
-        self._restore(state)
+        saved = self.restored(state)
+        if not saved:
+            say_what_was_missed(self.at, state.global_step)
+        self._restore(saved)
         self._run, self._resets_seen = (restart_of(kwargs["optimizer"]), state), restart_of(kwargs["optimizer"]).resets
 
     def on_step_begin(
@@ -205,8 +209,7 @@ class MomentumResetCallback(ReportsFigures, KeepsState, TrainerCallback):
             group["lr"] = rate
         self._schedule_lrs = []
 
-    def _restore(self, state: TrainerState) -> None:
-        saved = self.restored(state)
+    def _restore(self, saved: dict[str, Any]) -> None:
         self.norms = list(saved.get("norms", []))
         self.last_spike = saved.get("last_spike", 0)
         self.last_outside = saved.get("last_outside", 0)

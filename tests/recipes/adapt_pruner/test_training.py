@@ -90,6 +90,48 @@ def test_ten_steps_and_ten_more_equal_twenty(tmp_path):
         dense.train(resume_from_checkpoint=str(checkpoint))
 
 
+def resumed_with(folder, callback, of_run=(), **options):
+    """A run of 2 steps, and a Trainer that goes on from its end with the callback; with none, a run without it."""
+    options = {**OPTIONS, "save_strategy": "steps", "save_steps": 2, **options}
+    first = tiny_trainer(folder / "first", model=small(), callbacks=of_run, **{**options, "max_steps": 2})
+    first.train()
+    trainer = tiny_trainer(folder / "second", model=first.model, callbacks=[callback], **options)
+    return trainer, str(folder / "first" / "checkpoint-2")
+
+
+@pytest.mark.parametrize("at_steps", [[3, 5], [2, 4]])
+def test_a_callback_that_the_checkpoint_does_not_have_cuts_as_in_a_new_run(tmp_path, at_steps):
+    widths, prune = Widths(), AdaptPruneCallback(0.8, at_steps=at_steps, steps=20)
+    trainer, checkpoint = resumed_with(tmp_path, prune)
+    trainer.add_callback(widths)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    whole, target = 28032, int(0.8 * 28032)
+    assert [report.target_parameters for report in prune.reports] == [whole - (whole - target) // 2, target]
+    first, second = (report.parameters_after for report in prune.reports)
+    before = [whole] * (at_steps[0] - 2)
+    assert widths.seen == before + [first] * 2 + [second] * (8 - at_steps[1])
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "match"),
+    [
+        ([], {"at_steps": [0, 4]}, r"at_steps must cut from step 2 on, .* got a cut at step 0, which .* \[0, 4\]\)"),
+        ([], {"stages": 2}, r"stages=2 must cut from step 2 on, where this run begins, got a cut at step 0"),
+        ([0], {"at_steps": [0, 1]}, r"at_steps must cut from step 2 on, where this run begins, got a cut at step 1"),
+        ([0, 1], {"at_steps": [6]}, r"at_steps must begin with the 2 cuts .* up to step 2, got \[6\]; write their"),
+        ([0, 1], {"stages": 1}, r"stages=1 must begin with the 2 cuts .* up to step 2, got \[0\]; write their"),
+    ],
+)
+def test_cuts_that_do_not_fit_the_checkpoint(tmp_path, made, options, match):
+    of_run = [AdaptPruneCallback(0.9, at_steps=made, steps=5, calibration=batches())] if made else []
+    later = AdaptPruneCallback(0.8, steps=5, **options)
+    trainer, checkpoint = resumed_with(tmp_path, later, of_run, max_steps=7)
+    with pytest.raises(ValueError, match=match):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    assert trainer.state.global_step == 2
+    assert not later.reports
+
+
 def test_a_reset_has_one_owner(tmp_path):
     """The callback of the resets counts those of the stages, and warms up after them."""
     callbacks = [

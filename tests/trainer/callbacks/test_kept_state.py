@@ -79,6 +79,37 @@ def test_a_checkpoint_of_a_run_without_the_callback(tmp_path, make_callback):
     assert type(make_callback()).__name__ in saved.stateful_callbacks
 
 
+def test_nothing_is_restored_where_the_checkpoint_has_nothing(tmp_path):
+    """Neither what a callback knows of an earlier run, nor what another one of its class has just put there."""
+    first, second = GradientNormCallback(), GradientNormCallback(by="block")
+    first._restored = {"scores": {"mean": [1.0]}}
+    state = TrainerState(global_step=6, stateful_callbacks={})
+    assert first.restored(state) == {}
+    assert second.restored(state) == {}
+    assert state.stateful_callbacks == {"GradientNormCallback": [first.state(), second.state()]}
+
+
+def test_two_callbacks_that_a_checkpoint_does_not_have_are_both_in_the_next(tmp_path):
+    def make_callbacks():
+        return [GradientNormCallback(), GradientNormCallback(by="block", updates=False), Spike([10], 1e4)]
+
+    more = {"save_steps": 3}
+    run(tmp_path / "plain", list, **more)
+    once = run(tmp_path / "once", make_callbacks, str(tmp_path / "plain" / "checkpoint-3"), **more)
+    twice = run(tmp_path / "twice", make_callbacks, str(tmp_path / "once" / "checkpoint-9"), **more)
+    assert figures(twice)[-1] == figures(once)[-1]
+
+
+def test_resets_that_the_checkpoint_s_run_has_not_made_are_mentioned(tmp_path, caplog):
+    plain, resetting = tmp_path / "plain", tmp_path / "resetting"
+    run(plain, list)
+    run(resetting, lambda: [MomentumResetCallback(at=[2, 6, 7])], str(plain / CHECKPOINT))
+    assert "is to reset at step 2, 6, and the run goes on after step 6 of one that had no such" in caplog.text
+    caplog.clear()
+    run(tmp_path / "again", lambda: [MomentumResetCallback(at=[2, 6, 7])], str(resetting / "checkpoint-12"))
+    assert "had no such callback" not in caplog.text
+
+
 def test_a_checkpoint_with_other_figures(tmp_path):
     """AdamW has fewer than Stable-SPAM, and `updates=False` fewer still: what was counted is dropped, no more."""
     run(tmp_path, gradient_norms(), optim="adamw_torch")

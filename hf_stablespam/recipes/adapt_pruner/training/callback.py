@@ -62,7 +62,8 @@ class AdaptPruneCallback(KeepsState, SavesWidths):
     ``pruning/sparsity_min``, ``_mean`` and ``_max``; `reports` has what was done.
 
     Every checkpoint gets ``pruning.json``. To go on from one: ``model = load_pruned(checkpoint)``, a Trainer with it
-    and this callback, ``trainer.train(resume_from_checkpoint=checkpoint)``; cuts are not made twice.
+    and this callback, ``trainer.train(resume_from_checkpoint=checkpoint)``; cuts are not made twice. A callback that
+    the checkpoint's run did not have counts from the parameters of the model that it meets, and cuts later on.
 
     A `MomentumResetCallback` beside it notices the reset and warms the learning rate up as after its own.
 
@@ -79,8 +80,8 @@ class AdaptPruneCallback(KeepsState, SavesWidths):
 
     Raises:
         ValueError: an option out of range; when the Trainer is made, more than one process, FSDP, DeepSpeed,
-            ``torch_compile``, ``fp16`` or ``load_best_model_at_end``; when training begins, a step past its end or a
-            target that cannot be reached.
+            ``torch_compile``, ``fp16`` or ``load_best_model_at_end``; when training begins, a step past its end or
+            before the checkpoint that has no such cut, or a target that cannot be reached.
         TypeError: when training begins, a model without decoder layers of Llama's shape.
 
     Example:
@@ -148,6 +149,7 @@ class AdaptPruneCallback(KeepsState, SavesWidths):
         self.cuts, self.unlogged = saved.get("cuts", 0), saved.get("unlogged", {})
         self.reports = []
         self._steps = self._cut_steps(state.max_steps)
+        self._check_cuts_behind(state.global_step)
         target = absolute_target(self.target_parameters, self.original_parameters)
         self._targets = stage_targets(self.original_parameters, target, len(self._steps))
         find_layers(model)
@@ -185,6 +187,22 @@ class AdaptPruneCallback(KeepsState, SavesWidths):
             "step %d: pruned from %d to %d parameters",
             *(state.global_step, report.parameters_before, report.parameters_after),
         )
+
+    def _check_cuts_behind(self, step: int) -> None:
+        """Raise unless the cuts that lie behind `step`, where training begins, are those that have been made."""
+        name = "at_steps" if self.stages is None else f"stages={self.stages}"
+        if self.cuts < len(self._steps) and self._steps[self.cuts] < step:
+            raise ValueError(
+                f"{name} must cut from step {step} on, where this run begins, got a cut at step"
+                f" {self._steps[self.cuts]}, which the checkpoint's run has not made (of {self._steps}); give at_steps"
+                f" from {step} on, or begin a new run"
+            )
+        behind = sum(cut <= step for cut in self._steps) if self.stages is None else len(self._steps)
+        if self.cuts > behind:
+            raise ValueError(
+                f"{name} must begin with the {self.cuts} cuts that the checkpoint's run has made up to step {step}, got"
+                f" {self._steps}; write their steps first, or begin a new run with the checkpoint's weights"
+            )
 
     def _cut_steps(self, max_steps: int) -> list[int]:
         if self.at_steps is not None:

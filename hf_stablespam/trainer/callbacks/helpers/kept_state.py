@@ -5,6 +5,8 @@ from typing import Any
 from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 
+_UNSAVED = "unsaved"  # in a place that no checkpoint has held yet; the first save writes over it
+
 
 class KeepsState(ExportableState):
     """Mixin of callbacks that go on after a resume as if nobody had interrupted the run.
@@ -25,7 +27,7 @@ class KeepsState(ExportableState):
         return {"args": self.arguments(), "attributes": self.knowledge()}
 
     def restored(self, state: TrainerState) -> dict[str, Any]:
-        """The `knowledge` in the checkpoint that a run goes on from; empty for a new run.
+        """The `knowledge` in the checkpoint that a run goes on from; empty for a new run, and where it had no such.
 
         Of several callbacks of this class the one with the same arguments counts.
 
@@ -34,7 +36,14 @@ class KeepsState(ExportableState):
                 it, which the Trainer would miss when it saves: it gets one.
         """
         places: Any = state.stateful_callbacks
-        saved = places.setdefault(type(self).__name__, self.state())
+        name = type(self).__name__
+        saved = places.get(name)
+        if saved is None:
+            places[name] = {**self.state(), _UNSAVED: True}
+            return {}
+        if _UNSAVED in saved:  # of another callback of this class, which the checkpoint did not have either
+            places[name] = [{key: saved[key] for key in ("args", "attributes")}, self.state()]
+            return {}
         if not state.global_step:
             return {}
         if isinstance(saved, list):

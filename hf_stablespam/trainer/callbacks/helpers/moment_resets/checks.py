@@ -53,6 +53,18 @@ def check_sole_owner(callback: object, args: TrainingArguments, state: TrainerSt
         )
 
 
+def say_what_was_missed(steps: Sequence[int], resumed_step: int) -> None:
+    """Warn about resets up to a checkpoint whose run had no such callback."""
+    missed = [step for step in steps if step <= resumed_step]
+    if missed:
+        logger.warning(
+            "MomentumResetCallback is to reset at step %s, and the run goes on after step %d of one that had no such "
+            "callback: that reset never comes",
+            ", ".join(map(str, missed)),
+            resumed_step,
+        )
+
+
 def say_what_never_comes(steps: Sequence[int], max_steps: int) -> None:
     """Warn about resets that lie behind the end of the run."""
     late = [step for step in steps if step > max_steps > 0]
