@@ -144,6 +144,27 @@ def test_an_adapter_that_never_calls_its_layer_is_refused_by_name() -> None:
         convert_to_4bit(adapted(config), CONFIG)
 
 
+def test_dora_with_dropout_is_refused_where_it_would_be_trained() -> None:
+    """PEFT then multiplies by (m - 1)·W besides, in training only."""
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(**options: Any) -> Any:
+        return get_peft_model(nn.Sequential(nn.Linear(32, 32)), LoraConfig(target_modules=["0"], **options))
+
+    message = r"model.0: lora_dropout must be 0 for DoRA .* got 0.1 for 'default': .*; set lora_dropout=0, or use_dora"
+    for mode in (True, False):
+        with pytest.raises(ValueError, match=message):
+            convert_to_4bit(adapted(use_dora=True, lora_dropout=0.1).train(mode), CONFIG)
+    convert_to_4bit(adapted(use_dora=True), CONFIG)
+    convert_to_4bit(adapted(lora_dropout=0.1), CONFIG)
+    fixed = convert_to_4bit(adapted(use_dora=True, lora_dropout=0.1).requires_grad_(False).eval(), CONFIG)
+    layer = fixed.base_model.model[0]
+    layer.lora_magnitude_vector["default"].weight.data.mul_(3)
+    x = torch.randn(4, 32)
+    base = layer.get_base_layer()
+    torch.testing.assert_close(layer(x), 3 * (base(x) - base.bias) + base.bias)
+
+
 def test_the_layers_of_any_adapter_stay_in_high_precision() -> None:
     peft = pytest.importorskip("peft")
     if not hasattr(peft, "LilyConfig"):

@@ -44,10 +44,11 @@ def adapter_parts(model: nn.Module) -> set[str]:
 
 
 def check_adapters(model: nn.Module) -> None:
-    """Raise unless every adapter of `model` over a 4-bit layer calls that layer.
+    """Raise unless every adapter of `model` over a 4-bit layer computes with what that layer gives.
 
     BOFT and some others multiply by a changed copy of the weight instead: nothing of it would be in 4 bits. One layer
-    of each kind is tried on a row of zeros, with nothing in the place of the 4-bit product.
+    of each kind is tried on a row of zeros, with nothing in the place of the 4-bit product. DoRA with dropout scales
+    the product by (m - 1) anew, with the weight itself.
 
     Raises:
         ValueError: a kind of adapter that does not, with the name of its first layer.
@@ -57,10 +58,13 @@ def check_adapters(model: nn.Module) -> None:
         return
     tried: set[type] = set()
     for name, module in model.named_modules():
-        if type(module) in tried or not isinstance(module, tuners.BaseTunerLayer):
+        if not isinstance(module, tuners.BaseTunerLayer):
             continue
         base: Any = module.get_base_layer()
-        if isinstance(base, FourBitLinear) and not base.adapter:
+        if not isinstance(base, FourBitLinear) or base.adapter:
+            continue
+        _check_dora(module, name)
+        if type(module) not in tried:
             tried.add(type(module))
             if not _calls(module, base):
                 kind = f"{type(module).__module__}.{type(module).__name__}"
@@ -69,6 +73,19 @@ def check_adapters(model: nn.Module) -> None:
                     " weight, or a copy, itself: nothing of that would be in 4 bits; use an adapter that adds to the"
                     " layer's output, such as LoRA, or name the layer in modules_to_not_convert"
                 )
+
+
+def _check_dora(adapter: Any, name: str) -> None:
+    """Raise if an active DoRA that is trained, or whose layer is in training, drops numbers of its input."""
+    for which, magnitude in (getattr(adapter, "lora_magnitude_vector", None) or {}).items():
+        dropout = adapter.lora_dropout[which]
+        used = which in adapter.active_adapters and (adapter.training or magnitude.weight.requires_grad)
+        if used and not isinstance(dropout, nn.Identity):
+            raise ValueError(
+                f"{name}: lora_dropout must be 0 for DoRA over a 4-bit layer, got {getattr(dropout, 'p', dropout)} for"
+                f" {which!r}: in training PEFT would multiply by the weight that is not rounded, in evaluation by the"
+                " 4-bit one; set lora_dropout=0, or use_dora=False"
+            )
 
 
 def _calls(adapter: Any, base: FourBitLinear) -> bool:
