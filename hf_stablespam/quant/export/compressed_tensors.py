@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_stablespam._announce import announce
 from hf_stablespam._atomic import atomic_folder
 from hf_stablespam._sharded import full
-from hf_stablespam.quant.export.calibration import input_amax
+from hf_stablespam.quant.export.calibration import check_reached, input_amax
 from hf_stablespam.quant.export.checks import (
     check_activations,
     check_finite,
@@ -74,13 +74,13 @@ def export_4bit(
         activations: tell the engine to quantize the inputs as well; only with ``mxfp4`` or ``nvfp4`` for both. The
             default is weight-only: then inputs are computed with in high precision.
         calibration: inputs of the model (dictionaries of keyword arguments); needed for the inputs' fixed scale of
-            ``nvfp4`` with `activations`.
+            ``nvfp4`` with `activations`, and to reach every packed layer.
         is_main_process: False on the other processes of a distributed run, which take part but write nothing.
 
     Raises:
         ImportError: compressed-tensors is not installed.
-        ValueError: the model is not converted, a weight is not finite, or something has no packed form; the message
-            says what to change.
+        ValueError: the model is not converted, a weight is not finite, calibration does not reach a layer, or
+            something has no packed form; the message says what to change.
         OSError: the disk is full, for example; `directory` is then what it was.
 
     Example:
@@ -95,7 +95,10 @@ def export_4bit(
     native = not activations and has_native_layout(model, config)
     unpacked = set(layers if native else unpackable(layers, quantizer.group_size))
     scheme = compressed_tensors_scheme(quantizer, config.activation if activations else None)
-    amax = input_amax(model, layers, calibration) if activations and config.activation == "nvfp4" else {}
+    amax: dict[str, Tensor] = {}
+    if activations and config.activation == "nvfp4":
+        amax = input_amax(model, layers, calibration)
+        check_reached([name for name in layers if name not in unpacked], amax)
     tensors = whole_state_dict(model, dtype)
     check_finite(tensors)
     with torch.no_grad():

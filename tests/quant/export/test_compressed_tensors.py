@@ -124,6 +124,25 @@ def test_inputs_can_be_quantized_by_the_engine_too(name: str, remaining: float, 
     assert (got - exact).norm() <= remaining * (weight_only - exact).norm()
 
 
+def test_calibration_that_does_not_reach_a_layer_is_refused_by_name(tmp_path: Path) -> None:
+    model = convert_to_4bit(llama(), FourBitConfig.nvfp4())
+    spent = iter([{"input_ids": IDS}])
+    next(spent)
+    message = r"did not reach model.layers.0.self_attn.q_proj, .*k_proj, .*v_proj and 11 more: .*; pass batches that"
+    with pytest.raises(ValueError, match=message):
+        export_4bit(model, tmp_path, activations=True, calibration=spent)
+    mlp = model.model.layers[0].mlp  # a layer without a token, as an expert may be
+    mlp.forward = lambda x: (mlp.up_proj(x) * mlp.gate_proj(x))[..., :128] + mlp.down_proj(torch.zeros(0, 256)).sum()
+    with pytest.raises(ValueError, match=r"did not reach model.layers.0.mlp.down_proj: no scale is known for these"):
+        export_4bit(model, tmp_path, activations=True, calibration=[{"input_ids": IDS}])
+    del mlp.forward
+    with torch.no_grad():
+        model.model.embed_tokens.weight[1] = torch.inf
+    with pytest.raises(ValueError, match=r"gave nan or inf to model.layers.0.self_attn.q_proj, .* and 11 more"):
+        export_4bit(model, tmp_path, activations=True, calibration=[{"input_ids": IDS}])
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("name", "limit"), [("int4", 0.30), ("nvfp4", 0.30), ("mxfp4", 0.30)])
 def test_the_file_is_small(name: str, limit: float, tmp_path: Path) -> None:
     model = llama(hidden_size=512, intermediate_size=1024)
