@@ -51,6 +51,12 @@ class TensorScores:
         self._steps = self._steps + seen
         return Scores(score, usual)
 
+    def follow(self, places: Sequence[int | None]) -> None:
+        """Go on with other tensors: each has the mean of the one at this place before, None begins anew."""
+        index = torch.tensor([place or 0 for place in places], device=self._mean.device)
+        known = torch.tensor([place is not None for place in places], device=self._mean.device)
+        self._mean, self._steps = (torch.where(known, row[index], 0.0) for row in (self._mean, self._steps))
+
     def knowledge(self) -> dict[str, list[float]]:
         """What the scores of the next steps depend on, as JSON; read from the device."""
         return {"mean": self._mean.tolist(), "steps": self._steps.tolist()}
@@ -72,6 +78,15 @@ class EntryScores:
     def __init__(self, shards: Sequence[Tensor]) -> None:
         self._means = [torch.zeros_like(shard, dtype=torch.float32) for shard in shards]
         self._steps = torch.zeros(len(shards), device=shards[0].device if shards else None)
+
+    def follow(self, shards: Sequence[Tensor], places: Sequence[int | None]) -> None:
+        """Go on with other tensors: each has the means of the one at this place before, None begins anew."""
+        means, steps = self._means, [0 if place is None else self._steps[place] for place in places]
+        self._steps = torch.stack([torch.as_tensor(step, device=self._steps.device).float() for step in steps])
+        self._means = [
+            torch.zeros_like(shard, dtype=torch.float32) if place is None else means[place]
+            for shard, place in zip(shards, places, strict=True)
+        ]
 
     def update(self, shards: Sequence[Tensor], finite: Tensor) -> list[Tensor]:
         """The 0-dim score of each gradient shard; where `finite` (N,) is false it is 0 and enters no mean."""

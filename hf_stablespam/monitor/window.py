@@ -41,8 +41,20 @@ class Window:
         self._parts = parts
         self._clear()
 
+    def follow(self, parts: Parts) -> None:
+        """Go on with a model of other tensors; what was gathered stays where the parts have the same names."""
+        if parts.names != self._parts.names:
+            self._clear()
+        self._past, self._steps = self._seen(), 0
+        self._parts = parts
+
+    def _seen(self) -> list[int]:
+        """Entries of each part, summed over the steps since the last report."""
+        return [past + self._steps * count for past, count in zip(self._past, self._parts.entries, strict=True)]
+
     def _clear(self) -> None:
-        self._steps = 0
+        self._steps = 0  # with the present parts
+        self._past = [0] * len(self._parts.names)  # entries of each, summed over the steps with earlier parts
         self._figures: tuple[str, ...] = ()
         self._kept: dict[str, Tensor] = {}  # each (figures, parts)
 
@@ -94,13 +106,16 @@ class Window:
         if not self._kept:
             return {}
         rows = {kind: [_or_none(value) for value in tensor.flatten().tolist()] for kind, tensor in self._kept.items()}
-        return {"figures": list(self._figures), "steps": self._steps, "kept": rows}
+        return {"figures": list(self._figures), "entries": self._seen(), "kept": rows}
 
     def restore(self, knowledge: Mapping[str, Any], device: torch.device) -> None:
         """Go on from what `knowledge` gave; the first step drops it where that has other figures or parts."""
         if not knowledge:
             return
-        self._figures, self._steps = tuple(knowledge["figures"]), knowledge["steps"]
+        self._figures = tuple(knowledge["figures"])
+        # Older checkpoints have the number of steps instead.
+        entries = knowledge.get("entries", [knowledge.get("steps", 0) * count for count in self._parts.entries])
+        self._past = entries if len(entries) == len(self._past) else self._past
         for kind, values in knowledge["kept"].items():
             missing = -torch.inf if kind == "max" else torch.nan
             flat = torch.tensor([missing if value is None else value for value in values], device=device)
@@ -108,12 +123,13 @@ class Window:
 
     def _report(self, kept: Mapping[str, list[float]]) -> dict[str, float]:
         report: dict[str, float] = {}
+        seen = self._seen()
         for part, name in enumerate(self._parts.names):
             for row, figure in enumerate(self._figures):
                 place = row * len(self._parts.names) + part
                 found = {kind: column[place] for kind, column in kept.items()}
                 found["mean"] = found["sum"] / found["count"] if found["count"] else math.nan
-                found["share"] = found["sum"] / (self._parts.entries[part] * self._steps)
+                found["share"] = found["sum"] / seen[part] if seen[part] else math.nan
                 kinds = FIGURES[figure].part if name else FIGURES[figure].whole
                 report |= {label(figure, kind, name): found[kind] for kind in kinds if math.isfinite(found[kind])}
         return report

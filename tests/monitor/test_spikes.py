@@ -71,3 +71,18 @@ def test_an_entry_that_never_had_a_gradient_scores_nothing():
     tracker = EntryScores([torch.zeros(2), torch.zeros(0)])
     scores = tracker.update([torch.zeros(2), torch.zeros(0)], torch.tensor([True, True]))
     assert torch.stack(scores).tolist() == [0.0, 0.0]
+
+
+def test_other_tensors_go_on_with_the_means_of_their_places():
+    of_tensors = TensorScores(2, torch.device("cpu"))
+    of_entries = EntryScores([torch.zeros(2), torch.zeros(3)])
+    for _ in range(6):
+        of_tensors.update(torch.tensor([1.0, 2.0]))
+        of_entries.update([torch.full((2,), 1.0), torch.full((3,), 2.0)], torch.tensor([True, True]))
+    of_tensors.follow([1, None, 0])
+    of_entries.follow([torch.zeros(3), torch.zeros(1), torch.zeros(2)], [1, None, 0])
+    found = of_tensors.update(torch.tensor([2.0, 5.0, 1.0]))
+    assert found.usual.tolist() == pytest.approx([2, 0, 1])
+    assert found.score.tolist() == pytest.approx([1, 0, 1])
+    scores = of_entries.update([torch.full((n,), 8.0) for n in (3, 1, 2)], torch.tensor([True] * 3))
+    assert [score.item() for score in scores] == pytest.approx([8 / (20 / 7), 1, 4])

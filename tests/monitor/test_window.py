@@ -97,3 +97,23 @@ def test_ratio_of_update_and_weight():
         one.add({"weight_norm": torch.tensor([3.0, 4.0, 0.0]), "update_norm": torch.tensor([0.0, update, 0.0])})
     report = one.take()[0]
     assert (report["update_ratio"], report["update_ratio_mean"]) == pytest.approx((0.4, 0.3))
+
+
+def test_shares_are_of_the_entries_that_each_step_had():
+    """Before a cut and after it, through a checkpoint of either kind; other parts begin anew."""
+    whole = window("block")
+    whole.add({"clipped": torch.tensor([1.0, 1.0, 2.0])})
+    resumed, older = window("block"), window("block")
+    resumed.restore(whole.knowledge(), torch.device("cpu"))
+    kept = {name: value for name, value in whole.knowledge().items() if name != "entries"}
+    older.restore({**kept, "steps": 1}, torch.device("cpu"))
+    for one in (whole, resumed, older):
+        one.follow(Parts(NAMES, [3, 1, 4], "block", torch.device("cpu")))
+        one.add({"clipped": torch.tensor([1.0, 0.0, 0.0])})
+    found = whole.take()[0]
+    assert found["clipped_share"] == pytest.approx(5 / 20)
+    assert found["clipped_share/layers.0"] == pytest.approx(3 / 12)
+    assert resumed.take()[0] == older.take()[0] == found
+    whole.add({"clipped": torch.tensor([1.0, 0.0, 0.0])})
+    whole.follow(Parts(["other.weight"], [2], "block", torch.device("cpu")))
+    assert whole.take()[0] == {}

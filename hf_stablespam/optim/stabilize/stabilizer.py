@@ -115,6 +115,11 @@ class Stabilizer:
         """What the last step saw, as `StableSPAM.statistics` has it; empty before the first step."""
         return ordered(self._last_step, self._params())
 
+    def trackers(self) -> dict[Tensor, State]:
+        """Those of each parameter, loaded ones among them; who puts another parameter in its place moves them."""
+        self._adopt_loaded()
+        return self._trackers
+
     def _params(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self._optimizer.param_groups))
 

@@ -134,6 +134,8 @@ class GradientNormCallback(ReportsFigures, KeepsState, TrainerCallback):
             # At the first step and not before: FSDP2 exchanges the parameters while it prepares the model.
             watched = Watched(kwargs["model"], kwargs["optimizer"])
             self._run = _Run(watched, self.by, self.spike_score, self._restored)
+        elif not self._run.watched.are_those_of(kwargs["optimizer"]):
+            self._run.follow(Watched(kwargs["model"], kwargs["optimizer"]))
         if self.updates:
             self._run.keep_weights()
 
@@ -169,18 +171,34 @@ class _Run:
     def __init__(
         self, watched: Watched, by: By, spike_score: Literal["tensor", "entry"] | None, restored: dict[str, Any]
     ) -> None:
-        self._watched = watched
+        self.watched = watched
+        self._by: By = by
         self._before: list[Tensor] = []  # weights before the optimizer's step
-        entries = [param.numel() for param in watched.params]
-        self.window = Window(Parts(watched.names, entries, by, watched.shards.device))
+        self.window = Window(self._parts())
         self.window.restore(restored.get("window", {}), watched.shards.device)
         self._scores: TensorScores | EntryScores | None = None
         self._spike_above = SPIKE_SCORES[spike_score] if spike_score is not None else 0.0
         if spike_score == "tensor":
-            self._scores = TensorScores(len(entries), watched.shards.device)
+            self._scores = TensorScores(len(watched.params), watched.shards.device)
             self._scores.restore(restored.get("scores", {}))
         elif spike_score == "entry":
             self._scores = EntryScores(watched.weights())
+
+    def follow(self, watched: Watched) -> None:
+        """Go on with other parameters, those that pruning has put in the place of the old."""
+        places, old = watched.places_in(self.watched), self.watched.params
+        self.watched = watched
+        self.window.follow(self._parts())
+        if isinstance(self._scores, TensorScores):
+            self._scores.follow(places)
+        elif self._scores is not None:
+            pairs = zip(places, watched.params, strict=True)
+            same = [place if place is not None and old[place] is param else None for place, param in pairs]
+            self._scores.follow(watched.weights(), same)
+
+    def _parts(self) -> Parts:
+        entries = [param.numel() for param in self.watched.params]
+        return Parts(self.watched.names, entries, self._by, self.watched.shards.device)
 
     def knowledge(self) -> dict[str, Any]:
         """What a checkpoint keeps; JSON."""
@@ -189,13 +207,13 @@ class _Run:
 
     def keep_weights(self) -> None:
         """Copy the weights, for the norm of the update that comes now."""
-        self._before = [weight.clone() for weight in self._watched.weights()]
+        self._before = [weight.clone() for weight in self.watched.weights()]
 
     @torch.no_grad()
     def add_step(self, optimizer: Any, clips: bool) -> None:
         """Take in the step that the optimizer has just made. For `clips` see `gradient_figures`."""
-        gradients = self._watched.gradients()
-        figures = gradient_figures(self._watched, optimizer, gradients, clips)
+        gradients = self.watched.gradients()
+        figures = gradient_figures(self.watched, optimizer, gradients, clips)
         if self._scores is not None:
             figures |= self._spike_figures(self._scores, figures, gradients)
         if self._before:
@@ -208,13 +226,13 @@ class _Run:
         if isinstance(scores, TensorScores):
             score = scores.update(figures["largest"]).score
         else:
-            score = self._watched.shards.maxima(scores.update(gradients, figures["nonfinite"] == 0))
+            score = self.watched.shards.maxima(scores.update(gradients, figures["nonfinite"] == 0))
         return {"spike_score": score, "spikes": (score > self._spike_above).float()}
 
     def _update_figures(self) -> dict[str, Tensor]:
-        weights = self._watched.weights()
+        weights = self.watched.weights()
         torch._foreach_sub_(self._before, weights)
-        weight_norm, update_norm = self._watched.shards.norms(weights, self._before)
+        weight_norm, update_norm = self.watched.shards.norms(weights, self._before)
         self._before = []
         return {"weight_norm": weight_norm, "update_norm": update_norm}
 

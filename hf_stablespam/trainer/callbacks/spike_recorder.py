@@ -107,6 +107,8 @@ class SpikeRecorder(KeepsState, TrainerCallback):
             return
         if self._steps is None:
             self._steps = SpikedSteps(Watched(kwargs["model"], kwargs["optimizer"]), self.above, self._restored)
+        elif not self._steps.watched.are_those_of(kwargs["optimizer"]):
+            self._steps.follow(Watched(kwargs["model"], kwargs["optimizer"]))
         step = self._inputs.of_step(state.global_step + 1)
         self._steps.add(step, kwargs["optimizer"], clips=args.max_grad_norm > 0)
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from hf_stablespam import SPAM, StableSPAM
+from hf_stablespam import SPAM, StableSPAM, stabilize
 from hf_stablespam.recipes.adapt_pruner import LayerPlan, PruningPlan, prune_units
 from tests.recipes.adapt_pruner.models import batches, small
 from tests.recipes.adapt_pruner.test_surgery import PLAN
@@ -14,6 +14,7 @@ OPTIMIZERS = {
     "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2, amsgrad=True),
     "stable_spam": lambda params: StableSPAM(params, lr=1e-2, reset_interval=5),
     "spam": lambda params: SPAM(params, lr=1e-2),
+    "adagrad": lambda params: torch.optim.Adagrad(params, lr=1e-2),  # has a state before its first step
     "sgd": lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9),
 }
 
@@ -44,6 +45,33 @@ def test_the_groups_hold_the_models_parameters(name, choice):
     before = [parameter.clone() for parameter in model.parameters()]
     train(model, optimizer)
     assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("choice", ["reset", "keep"])
+def test_trackers_of_stabilize_go_the_way_of_the_state(choice):
+    """Of what is cut "reset" drops them, as Stable-SPAM's, and "keep" scales them; of the rest they stay."""
+    model = small()
+    optimizer = stabilize(torch.optim.AdamW(model.parameters(), lr=1e-2))
+    train(model, optimizer)
+    loaded = stabilize(torch.optim.AdamW(model.parameters(), lr=1e-2))
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # its trackers lie in the state until its first step
+    old = {name: (param.numel(), loaded.stabilizer.trackers()[param]) for name, param in model.named_parameters()}
+    twin = stabilize(torch.optim.AdamW(model.parameters(), lr=1e-2))
+    twin.load_state_dict(optimizer.state_dict())
+    prune_units(model, PLAN, twin, optimizer_state=choice)
+    cut = 0
+    for name, param in model.named_parameters():
+        count, before = old[name]
+        after = twin.stabilizer.trackers().get(param)
+        share, cut = param.numel() / count, cut + (param.numel() < count)
+        if choice == "reset" and share < 1:
+            assert after is None
+            continue
+        expected = {"norm_mean": before["norm_mean"] * share**0.5, "norm_sq": before["norm_sq"] * share}
+        for key, value in {**before, **expected}.items():
+            assert torch.equal(after[key], value), (name, key)
+    assert cut
+    assert len(twin.stabilizer.trackers()) <= len(old)
 
 
 @pytest.mark.parametrize("name", ["adamw", "stable_spam"])

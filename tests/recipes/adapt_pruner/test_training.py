@@ -1,6 +1,8 @@
 """Inside of the Trainer: cuts between steps, stages, resets and their owner, resuming."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +17,10 @@ from hf_stablespam import (
     GradientNormCallback,
     MomentumResetCallback,
     SpikeRecorder,
+    StabilizeCallback,
     convert_to_4bit,
 )
+from hf_stablespam.monitor.spike_file import read_spikes
 from hf_stablespam.recipes.adapt_pruner import AdaptPruneCallback, adapt_prune, load_pruned, prune_and_train
 from hf_stablespam.recipes.adapt_pruner.training.callback import refuse_arguments
 from tests.processes import run_processes
@@ -88,6 +92,98 @@ def test_ten_steps_and_ten_more_equal_twenty(tmp_path):
     dense = trainer(small(), tmp_path / "dense")
     with pytest.raises(RuntimeError, match="size mismatch"):
         dense.train(resume_from_checkpoint=str(checkpoint))
+
+
+class Truth(TrainerCallback):
+    """Figures of each step from the model itself, in float64."""
+
+    def __init__(self):
+        self.rows, self.before = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.before = [parameter.detach().double().clone() for parameter in model.parameters()]
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        after = [parameter.detach().double() for parameter in model.parameters()]
+        updates = [old - new for old, new in zip(self.before, after, strict=True)]
+        layer = model.model.layers[1].parameters()
+        of_row = {
+            "norm": [parameter.grad for parameter in model.parameters()],
+            "norm/model.layers.1": [parameter.grad for parameter in layer],
+            "weight_norm": after,
+            "update_norm": updates,
+        }
+        row = {name: torch.cat([part.flatten().double() for part in parts]).norm() for name, parts in of_row.items()}
+        self.rows.append({f"gradients/{name}": value.item() for name, value in row.items()})
+
+
+@pytest.mark.parametrize("score", ["tensor", "entry"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "stable_spam"])
+def test_the_figures_of_the_step_after_a_cut_are_the_model_s(tmp_path, optim, score):
+    truth, prune = Truth(), AdaptPruneCallback(0.7, at_steps=[3], steps=5)
+    watching = [GradientNormCallback(by="block", spike_score=score), prune, truth]
+    trainer = tiny_trainer(tmp_path, model=small(), callbacks=watching, **{**OPTIONS, "optim": optim})
+    trainer.train()
+    logs = training_logs(trainer)
+    assert len(logs) == len(truth.rows) == 8
+    for logged, true in zip(logs, truth.rows, strict=True):
+        assert {name: logged[name] for name in true} == pytest.approx(true, rel=1e-5)
+    if optim == "stable_spam":
+        clipped = [row["gradients/clipped"] for row in logs[3:]]
+        shares = [row["gradients/clipped_share"] * parameters(trainer.model) for row in logs[3:]]
+        assert shares == pytest.approx(clipped)
+        assert any(clipped)
+
+
+def test_figures_over_a_cut_survive_a_checkpoint(tmp_path):
+    """The cut and the checkpoint lie between two logs: shares are of the entries that each step had."""
+
+    def trainer(model, folder):
+        callbacks = [GradientNormCallback(by="block"), AdaptPruneCallback(0.8, at_steps=[4], steps=5)]
+        more = {"save_strategy": "steps", "save_steps": 4, "logging_steps": 3}
+        return tiny_trainer(folder, model=model, callbacks=callbacks, **{**OPTIONS, **more})
+
+    whole = trainer(small(), tmp_path / "whole")
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    resumed = trainer(load_pruned(checkpoint, dtype=torch.float32), tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    one, other = (
+        [{name: value for name, value in row.items() if "/" in name} for row in training_logs(run)]
+        for run in (whole, resumed)
+    )
+    assert one == other
+    assert len(one) == 2
+    entries = 28032 + 2 * parameters(whole.model)
+    assert one[1]["gradients/clipped_share"] == pytest.approx(one[1]["gradients/clipped"] / entries) != 0
+
+
+class SpikeInACutTensor(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == 8:
+            model.model.layers[1].mlp.down_proj.weight.grad[0, 0] = 1e4
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "stable_spam"])
+def test_a_spike_in_a_cut_tensor_is_recorded(tmp_path, optim):
+    callbacks = [SpikeRecorder(), AdaptPruneCallback(0.7, at_steps=[6], steps=5), SpikeInACutTensor()]
+    options = {**OPTIONS, "optim": optim, "logging_steps": 4}
+    tiny_trainer(tmp_path, model=small(), callbacks=callbacks, **options).train()
+    rows = [(row["step"], row["tensor"], row["magnitude"]) for row in read_spikes(tmp_path)]
+    assert (8, "model.layers.1.mlp.down_proj.weight", 1e4) in rows
+
+
+@pytest.mark.parametrize("choice", ["reset", "keep"])
+def test_nothing_holds_the_parameters_that_were_cut(tmp_path, choice):
+    """Neither the figures, nor the trackers of `stabilize`, nor what remembers how to reset."""
+    model = small()
+    old = weakref.ref(model.model.layers[1].mlp.down_proj.weight)
+    prune = AdaptPruneCallback(0.7, at_steps=[3], steps=5, optimizer_state=choice)
+    watching = [StabilizeCallback(), GradientNormCallback(), SpikeRecorder(), MomentumResetCallback(every=100), prune]
+    trainer = tiny_trainer(tmp_path, model=model, callbacks=watching, **{**OPTIONS, "optim": "adamw_torch"})
+    trainer.train()
+    gc.collect()
+    assert old() is None
 
 
 def resumed_with(folder, callback, of_run=(), **options):

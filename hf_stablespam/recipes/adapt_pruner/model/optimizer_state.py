@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_stablespam.optim.stabilize.stabilizer import Stabilizer
 from hf_stablespam.trainer.callbacks.helpers.moment_resets.restart import reset_moments
 from hf_stablespam.trainer.callbacks.helpers.unwrapping import unwrap
 
@@ -40,6 +41,8 @@ class OptimizerSurgeon:
         self.keeps = optimizer_state == KEEP
         self.dropped: list[Tensor] = []  # new parameters whose state could not be kept
         groups = [] if self.optimizer is None else self.optimizer.param_groups
+        stabilizer = getattr(self.optimizer, "stabilizer", None)
+        self._trackers = stabilizer.trackers() if isinstance(stabilizer, Stabilizer) else {}
         self._places = {id(old): (group["params"], i) for group in groups for i, old in enumerate(group["params"])}
 
     @torch.no_grad()
@@ -54,10 +57,14 @@ class OptimizerSurgeon:
         params, index = self._places.pop(id(old))
         params[index] = new
         self._places[id(new)] = (params, index)
+        share = new.numel() / old.numel()
+        trackers = self._trackers.pop(old, None)
+        if trackers and self.keeps and (cut := cut_state(trackers, old, select, share)) is not None:
+            self._trackers[new] = cut
         state = self.optimizer.state.pop(old, None)
         if not state or not self.keeps:
             return
-        cut = cut_state(state, old, select, new.numel() / old.numel())
+        cut = cut_state(state, old, select, share)
         if cut is None:
             self.dropped.append(new)
         else:

@@ -81,40 +81,48 @@ class SpikedSteps:
     """
 
     def __init__(self, watched: Watched, above: float, restored: dict[str, Any]) -> None:
-        self._watched = watched
+        self.watched = watched
         self._above = above
         self.scores = TensorScores(len(watched.params), watched.shards.device)
         self.scores.restore(restored)
         self._steps: list[Step] = []
+        self._names: list[list[str]] = []  # of the parameters in each step
         self._found: list[Tensor] = []  # for each step (5, tensors): place, score, magnitude, threshold, non-finite
         self._losses: list[Tensor] = []
+
+    def follow(self, watched: Watched) -> None:
+        """Go on with other parameters, those that pruning has put in the place of the old."""
+        self.scores.follow(watched.places_in(self.watched))
+        self.watched = watched
 
     @torch.no_grad()
     def add(self, step: Step, optimizer: Any, clips: bool) -> None:
         """Take in the step that the optimizer has just made. For `clips` see `gradient_figures`."""
-        figures = gradient_figures(self._watched, optimizer, self._watched.gradients(), clips)
+        figures = gradient_figures(self.watched, optimizer, self.watched.gradients(), clips)
         loss = accelerator_watch.step_loss(optimizer)
         self._found.append(self._worst(figures))
         self._losses.append(self._found[-1].new_tensor(math.nan) if loss is None else loss)
         self._steps.append(step)
+        self._names.append(self.watched.names)
 
     def take(self) -> list[Spike]:
         """The spikes of the waiting steps, in one transfer, and none wait any more. All processes call it together."""
         if not self._found:
             return []
-        found = torch.stack(self._found).flatten()
+        found = torch.cat([rows.flatten() for rows in self._found])
         losses = _mean_over_processes(torch.stack([loss.float().reshape(()) for loss in self._losses]))
         values = torch.cat([found, losses.to(found.device)]).tolist()
         count = len(self._steps)
-        rows = torch.tensor(values[:-count]).view(count, 5, -1)
-        spiked = (rows[:, 1] > self._above) | (rows[:, 4] > 0)
+        sizes = [of_step.numel() for of_step in self._found]
+        rows = [flat.view(5, -1) for flat in torch.tensor(values[:-count]).split(sizes)]
+        spiked = [(of_step[1] > self._above) | (of_step[4] > 0) for of_step in rows]
         chosen = [index for index in range(count) if spiked[index].any()]
         indices = _of_all_processes([self._steps[index].data_indices for index in chosen])
         spikes: list[Spike] = []
         for index, of_step in zip(chosen, indices, strict=True):
             columns = rows[index][:, spiked[index]].T.tolist()
-            spikes += [self._spike(self._steps[index], column, values[-count + index], of_step) for column in columns]
-        self._found, self._losses, self._steps = [], [], []
+            spikes += [self._spike(index, column, values[-count + index], of_step) for column in columns]
+        self._found, self._losses, self._steps, self._names = [], [], [], []
         return spikes
 
     def _worst(self, figures: dict[str, Tensor]) -> Tensor:
@@ -128,11 +136,12 @@ class SpikedSteps:
         rows = (score, figures["largest"], threshold, figures["nonfinite"])
         return torch.stack([places.to(score), *(row[places] for row in rows)])
 
-    def _spike(self, step: Step, column: Sequence[float], loss: float, data_indices: list[int] | None) -> Spike:
+    def _spike(self, index: int, column: Sequence[float], loss: float, data_indices: list[int] | None) -> Spike:
+        step = self._steps[index]
         place, score, magnitude, threshold, nonfinite = int(column[0]), *column[1:]
         return Spike(
             step=step.step,
-            tensor=self._watched.names[place],
+            tensor=self._names[index][place],
             magnitude=None if nonfinite else magnitude,
             threshold=threshold or None,
             score=None if nonfinite else score,

@@ -1,6 +1,8 @@
 """The figures of one training step, tensor by tensor, from the Trainer's optimizer and model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -45,6 +47,16 @@ class Watched:
         self.params = [param for _, param in rows]
         self.shards = Shards(self.params)
 
+    def are_those_of(self, optimizer: Any) -> bool:
+        """Whether the optimizer still trains these parameters: pruning puts others in their place."""
+        count = sum(len(group["params"]) for group in unwrap(optimizer).param_groups)
+        return count == len(self.params) and all(map(is_, self.params, _params(optimizer)))
+
+    def places_in(self, earlier: "Watched") -> list[int | None]:
+        """For each parameter the place that the one of its name had earlier; None for a new name."""
+        places = {name: place for place, name in enumerate(earlier.names)}
+        return [places.get(name) for name in self.names]
+
     def gradients(self) -> list[Tensor]:
         """This process's shards of the gradients; an empty one for a parameter without gradient."""
         empty = [param.new_empty(0) for param in self.params]
@@ -57,6 +69,10 @@ class Watched:
     def weights(self) -> list[Tensor]:
         """This process's shards of the weights."""
         return [shard.detach() for shard in self.shards.local(self.params)]
+
+
+def _params(optimizer: Any) -> Iterator[Tensor]:
+    return chain.from_iterable(group["params"] for group in unwrap(optimizer).param_groups)
 
 
 def optimizer_statistics(optimizer: Any) -> Mapping[str, Tensor] | None:
