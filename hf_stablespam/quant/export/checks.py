@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_stablespam._sharded import full
 from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.export.experts import four_bit_experts, stays_unpacked
 from hf_stablespam.quant.export.initialization import warn_of_float32_scales, warn_of_initialization
@@ -94,8 +95,9 @@ def unpackable(layers: Mapping[str, FourBitLinear], group_size: int) -> list[str
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise if a tensor holds nan or inf; the message names all such tensors."""
-    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    """Raise if a tensor holds nan or inf, on all processes that share it; the message names all such tensors."""
+    numbers = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point()}
+    bad = [name for name, tensor in numbers.items() if full((~torch.isfinite(tensor)).sum()) > 0]
     if bad:
         raise ValueError(
             f"tensors must be finite to be exported, got nan or inf in {', '.join(bad)}; the training has diverged:"

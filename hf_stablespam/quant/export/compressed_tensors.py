@@ -24,10 +24,11 @@ from hf_stablespam.quant.export.checks import (
     unpackable,
 )
 from hf_stablespam.quant.export.experts import (
-    expert_tensors,
+    expert_weights,
     four_bit_experts,
     has_plain_experts,
     pack_experts,
+    rounded_experts,
     stays_unpacked,
 )
 from hf_stablespam.quant.export.gpt_oss import QUANTIZATION_CONFIG, has_native_layout, pack_native
@@ -38,6 +39,7 @@ from hf_stablespam.quant.export.state import whole_state_dict
 from hf_stablespam.quant.export.widths import write_widths
 from hf_stablespam.quant.formats.scales import tensor_scale
 from hf_stablespam.quant.layers.linear import FourBitLinear
+from hf_stablespam.quant.layers.matmul import quantize_weight
 
 logger = logging.getLogger(__name__)
 
@@ -103,34 +105,37 @@ def export_4bit(
     check_finite(tensors)
     with torch.no_grad():
         for name, layer in layers.items():
-            prefix = f"{name}." if name else ""
+            prefix, weight = f"{name}." if name else "", full(layer.weight)
             if name in unpacked:
-                tensors[f"{prefix}weight"] = layer.quantized_weight(dtype)
+                tensors[f"{prefix}weight"] = quantize_weight(weight, layer.recipe, dtype, layer.shared_amax())
                 continue
             del tensors[f"{prefix}weight"]
-            packed = pack_weight(full(layer.weight), quantizer, layer.shared_amax(), scheme)
+            packed = pack_weight(weight, quantizer, layer.shared_amax(), scheme)
             if name in amax:
                 packed["input_global_scale"] = (1.0 / tensor_scale(amax[name])).reshape(1)
             tensors.update({f"{prefix}{key}": value.contiguous() for key, value in packed.items()})
     apart = take_apart(model, tensors)
     rounds_experts = stays_unpacked(model, config, quantizer.group_size) is not None or has_plain_experts(model)
+    masters: dict[str, Tensor] = {}  # of the experts, gathered here: what follows is for the main process alone
     if native:
         pack_native(model, tensors, quantizer, scheme)
     else:
-        tensors.update(expert_tensors(model, dtype, rounded=rounds_experts))
+        masters = expert_weights(model)
     if is_main_process:
         quantization = QUANTIZATION_CONFIG if native else _quantization_config(model, scheme, unpacked, apart)
+        rounded = rounded_experts(model, masters, dtype)
+        tensors.update(rounded if rounds_experts else masters)
         with atomic_folder(directory) as folder:
             _save(model, folder, tensors, quantization, dtype, rounds_experts)
             if not rounds_experts and not native and splits_others(folder, tensors):
                 rounds_experts = bool(four_bit_experts(model))
-                tensors.update(expert_tensors(model, dtype, rounded=True))
+                tensors.update(rounded)
                 _save(model, folder, tensors, quantization, dtype, True)
             if four_bit_experts(model) and not rounds_experts and not native:
-                packed_experts = pack_experts(folder, model, quantizer, scheme, dtype)
+                packed_experts = pack_experts(folder, model, dict(rounded), quantizer, scheme)
                 rounds_experts = not packed_experts
                 if packed_experts is None:
-                    tensors.update(expert_tensors(model, dtype, rounded=True))
+                    tensors.update(rounded)
                     _save(model, folder, tensors, quantization, dtype, True)
             if processing_class is not None:
                 processing_class.save_pretrained(folder)

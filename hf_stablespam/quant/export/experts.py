@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from hf_stablespam._sharded import full
 from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.export.packing import pack_weight
 from hf_stablespam.quant.formats.quantizer import Quantizer
-from hf_stablespam.quant.layers.experts import FourBitExperts, is_experts, weight_names
+from hf_stablespam.quant.layers.experts import FourBitExperts, is_experts, quantize_experts, weight_names
 
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.[^.]+\.weight$")
 # transformers ignores the global scales of packed NVFP4 experts, and has no zero points for them.
@@ -52,23 +53,39 @@ def stays_unpacked(model: nn.Module, config: FourBitConfig, group_size: int) -> 
     return None
 
 
-def expert_tensors(model: nn.Module, dtype: torch.dtype, rounded: bool) -> dict[str, Tensor]:
-    """What stands for the experts in a state dict: numbers on the 4-bit grid in `dtype`, or else the master weights."""
-    tensors = {}
-    for block_name, block in four_bit_experts(model).items():
-        for name in weight_names(block):
-            tensor = block.quantized(name, dtype) if rounded else getattr(block, name).detach()
-            tensors[f"{block_name}.{name}"] = full(tensor).contiguous()
-    return tensors
+def expert_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The experts' master weights under their names in a state dict, whole; a collective operation where sharded."""
+    return {
+        f"{block_name}.{name}": full(getattr(block, name).detach()).contiguous()
+        for block_name, block in four_bit_experts(model).items()
+        for name in weight_names(block)
+    }
 
 
-def pack_experts(folder: Path, model: nn.Module, quantizer: Quantizer, scheme: Any, dtype: torch.dtype) -> bool | None:
+def rounded_experts(model: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The numbers on the 4-bit grid, in `dtype`, of `expert_weights`."""
+    rounded = {}
+    for name, weight in weights.items():
+        block: Any = model.get_submodule(name.rpartition(".")[0])
+        rounded[name] = quantize_experts(weight, block.recipe, dtype, bool(block.is_transposed)).contiguous()
+    return rounded
+
+
+def pack_experts(
+    folder: Path, model: nn.Module, rounded: dict[str, Tensor], quantizer: Quantizer, scheme: Any
+) -> bool | None:
     """Replace each expert's matrix in a written checkpoint by its packed form, and say whether there were any.
 
     Where the family's checkpoints hold all experts in one tensor, the rounded numbers take its place. None if what was
     written is neither: it must be written again, under the model's own names.
+
+    Args:
+        folder: where the checkpoint is.
+        model: the one that has been written.
+        rounded: from `rounded_experts`; those that are written are taken out.
+        quantizer: of the weights.
+        scheme: of `compressed_tensors_scheme`.
     """
-    rounded = expert_tensors(model, dtype, rounded=True)
     places: dict[str, str] = {}
     packed = 0
     from safetensors.torch import load_file, save_file

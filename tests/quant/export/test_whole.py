@@ -21,9 +21,10 @@ import transformers as tf
 
 from hf_stablespam._atomic import atomic_file, atomic_folder
 from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit, export_gguf
-from hf_stablespam.quant.export.checks import check_packable
+from hf_stablespam.quant.export.checks import check_finite, check_packable
 from hf_stablespam.quant.export.unpacked import export_unpacked
 from tests.processes import run_processes
+from tests.quant.layers import mixtures
 
 INT4 = FourBitConfig("int4", None, group_size=32)
 IDS = torch.arange(16).reshape(2, 8)
@@ -162,7 +163,7 @@ def sharded(model: tf.PreTrainedModel) -> tf.PreTrainedModel:
     return fully_shard(model, mesh=mesh)
 
 
-def mixture() -> tf.PreTrainedModel:
+def gpt_oss() -> tf.PreTrainedModel:
     torch.manual_seed(0)
     shape = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
     return tf.GptOssForCausalLM(tf.GptOssConfig(num_attention_heads=4, num_local_experts=4, pad_token_id=0, **shape))
@@ -170,8 +171,25 @@ def mixture() -> tf.PreTrainedModel:
 
 GGUF = {
     "nvfp4": lambda: convert_to_4bit(llama(tie_word_embeddings=True), FourBitConfig("nvfp4", None)),
-    "mixture": lambda: convert_to_4bit(mixture(), FourBitConfig("mxfp4", None)),
+    "mixture": lambda: convert_to_4bit(gpt_oss(), FourBitConfig("mxfp4", None)),
 }
+
+
+def mixture(family: str, config: FourBitConfig) -> Any:
+    return lambda: convert_to_4bit(mixtures.mixture(family), config)
+
+
+# Models and options of `export_4bit`: layers packed and not, experts packed, rounded and in their own layout.
+WIDE = FourBitConfig("int4", None, group_size=64)
+PACKED = {
+    "unpackable": (lambda: convert_to_4bit(llama(intermediate_size=96), WIDE), {"leave_unpackable": True}),
+    "calibrated": (lambda: convert_to_4bit(llama(), FourBitConfig.nvfp4()), {"activations": True}),
+}
+if mixtures.HAS_SHARED_FORM:
+    MXFP4, NVFP4 = FourBitConfig("mxfp4", None), FourBitConfig("nvfp4", None)
+    PACKED |= {f"{family} int4": (mixture(family, INT4), {}) for family in ("mixtral", "qwen3_moe")}
+    PACKED |= {f"{family} mxfp4": (mixture(family, MXFP4), {}) for family in mixtures.FAMILIES}
+    PACKED |= {"mixtral nvfp4": (mixture("mixtral", NVFP4), {"leave_unpackable": True})}
 
 
 def work(folder: Path) -> None:
@@ -182,8 +200,22 @@ def work(folder: Path) -> None:
     if importlib.util.find_spec("gguf") is not None:
         for name, make in GGUF.items():
             export_gguf(sharded(make()), folder / f"sharded {name}.gguf", is_main_process=main)
+    for name, (make, options) in PACKED.items():
+        # The largest inputs are in the batch of the second process.
+        batches = {"calibration": [{"input_ids": IDS + 8 * dist.get_rank()}]} if name == "calibrated" else {}
+        export_4bit(sharded(make()), folder / f"sharded {name}", is_main_process=main, **options, **batches)
+    refuse_what_one_process_alone_sees()
     refuse_adapters_that_are_wrapped_by_themselves()
     dist.barrier()
+
+
+def refuse_what_one_process_alone_sees() -> None:
+    """The others would wait for it when they gather."""
+    model = sharded(convert_to_4bit(llama(), INT4))
+    if dist.get_rank() == 1:
+        model.model.layers[0].mlp.up_proj.weight.to_local().data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"got nan or inf in model.layers.0.mlp.up_proj.weight;"):
+        check_finite(dict(model.named_parameters()))
 
 
 def refuse_adapters_that_are_wrapped_by_themselves() -> None:
@@ -205,7 +237,10 @@ def test_two_processes_export_the_same_files_as_one(tmp_path: Path) -> None:
     model = convert_to_4bit(llama(tie_word_embeddings=True), INT4)
     export_4bit(model, tmp_path / "one")
     export_unpacked(model, tmp_path / "one-unpacked")
-    for name in ("", "-unpacked"):
+    for name, (make, options) in PACKED.items():
+        batches = {"calibration": [{"input_ids": IDS}, {"input_ids": IDS + 8}]} if name == "calibrated" else {}
+        export_4bit(make(), tmp_path / f"one {name}", **options, **batches)
+    for name in ("", "-unpacked", *(f" {name}" for name in PACKED)):
         sharded, one = (files(tmp_path / f"{kind}{name}") for kind in ("sharded", "one"))
         assert sharded.keys() == one.keys()
         assert all(sharded[file] == one[file] for file in one), name
