@@ -21,14 +21,13 @@ from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit
 from hf_stablespam.quant.export.checks import check_packable
 from hf_stablespam.recipes.fusechat.report import TABLES_FILE, fusion_report, report_tables, write_report_tables
 from hf_stablespam.recipes.fusechat.settings import NEEDED
-from hf_stablespam.trainer import last_complete_checkpoint
+from hf_stablespam.recipes.fusechat.stage_run import FINISHED, StageRun, begin_stage, own_checkpoint, stage_settings
 
 if TYPE_CHECKING:
     from trl import DPOConfig, SFTConfig
 
 logger = logging.get_logger(__name__)
 
-FINISHED = "trainer_state.json"  # written last into a stage's folder
 SMALL_RATE = 1e-4  # below it a step of Adam is less than half a unit of most bfloat16 weights
 TOLERANCE = 1e-3  # of the first loss: bfloat16 sums in another order differ by less
 
@@ -71,15 +70,16 @@ def train_target(
         export: write a packed 4-bit checkpoint at the end: True for the folder ``4bit`` in ``dpo_args.output_dir``,
             or the folder. Needs `four_bit`; what cannot be packed is an error before training.
         leave_unpackable: see `export_4bit`.
-        resume: go on with a run that was killed: a stage that has ended is passed over, another goes on from its last
-            complete checkpoint.
+        resume: go on with the last run in these folders, which was killed: a stage that has ended is passed over,
+            another goes on from its last complete checkpoint. With False both stages begin anew: what earlier runs have
+            left there counts no more, and is gone on with by no later ``resume=True``.
 
     Returns:
         The trained model, adapters merged; it lies in ``dpo_args.output_dir`` too.
 
     Raises:
         ValueError: arguments that exclude each other, a first loss that is not ln 2, nothing to train on, a run of
-            other data to go on with, or a model that cannot be converted or packed.
+            other data or other settings to go on with, or a model that cannot be converted or packed.
         ImportError: TRL is not installed.
 
     Example:
@@ -101,27 +101,38 @@ def train_target(
     report, evaluation = fusion_report(dataset), eval_dataset or {}
     folder, last = Path(str(sft_args.output_dir)), Path(str(dpo_args.output_dir))
 
-    def train(trainer_class: Any, part: str, policy: Any, args: Any, **more: Any) -> None:
-        rows = {"train_dataset": dataset[part], "eval_dataset": evaluation.get(part)}
-        shared = {"processing_class": processing_class, "peft_config": peft_config}
-        _warn_about_bfloat16(policy, args, peft_config)
-        _run(
-            trainer_class(policy, args=args, callbacks=copy.deepcopy(list(callbacks)), **rows, **shared, **more), resume
-        )
+    def settings(args: Any) -> dict[str, Any]:
+        return stage_settings(args, model, four_bit, peft_config)
 
-    if not _is_finished(folder, report, resume):
+    def train(trainer_class: Any, part: str, policy: Any, args: Any, run: str | None, **more: Any) -> None:
+        rows = {"train_dataset": dataset[part], "eval_dataset": evaluation.get(part)}
+        # PEFT writes into the configuration what it has found in the model.
+        shared = {"processing_class": processing_class, "peft_config": copy.deepcopy(peft_config)}
+        _warn_about_bfloat16(policy, args, peft_config)
+        own = [*copy.deepcopy(list(callbacks)), *([] if run is None else [StageRun(run)])]
+        _run(trainer_class(policy, args=args, callbacks=own, **rows, **shared, **more), run, resume)
+
+    _check_data(folder, report, resume)
+    sft_run = begin_stage(folder, settings(sft_args), resume)
+    sft_ended = resume and (folder / FINISHED).exists()
+    dpo_run = None
+    if len(dataset["dpo"]):  # what a second stage has left is nothing to go on with while the first goes on
+        goes_on = sft_ended or (resume and not len(dataset["sft"]))
+        _check_data(last, report, goes_on)
+        dpo_run = begin_stage(last, settings(dpo_args), goes_on)
+    if not sft_ended:
         _write_tables(report, folder)
         if len(dataset["sft"]):
-            train(SFTTrainer, "sft", model, sft_args)
+            train(SFTTrainer, "sft", model, sft_args, sft_run)
         else:
             _save(model, processing_class, folder)
     if not len(dataset["dpo"]):
         last = folder
-    elif not _is_finished(last, report, resume):
+    elif not (last / FINISHED).exists():
         _write_tables(report, last)
         needs_none = peft_config is not None or (dpo_args.precompute_ref_log_probs and not dpo_args.fsdp)
         reference = None if needs_none else _loaded(folder, model, four_bit)
-        train(DPOTrainer, "dpo", _loaded(folder, model, four_bit), dpo_args, ref_model=reference)
+        train(DPOTrainer, "dpo", _loaded(folder, model, four_bit), dpo_args, dpo_run, ref_model=reference)
     trained = _loaded(last, model, four_bit)
     if export:
         packed, is_main = last / "4bit" if export is True else Path(export), PartialState().is_main_process
@@ -154,12 +165,12 @@ def _write_tables(report: Mapping[str, Any], folder: Path) -> None:
         write_report_tables(report, folder)
 
 
-def _run(trainer: Any, resume: bool) -> None:
+def _run(trainer: Any, run: str | None, resume: bool) -> None:
     """Train and save the model, an adapter merged into it; the state comes last."""
     if hasattr(trainer, "ref_model"):
         check_reference(trainer)
     folder = trainer.args.output_dir
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
+    trainer.train(resume_from_checkpoint=own_checkpoint(folder, run) if resume else None)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "peft_config"):
         _save(model.merge_and_unload(), trainer.processing_class, Path(folder))
@@ -188,21 +199,18 @@ def _loaded(folder: Path, like: Any, four_bit: FourBitConfig | None) -> Any:
     return model if four_bit is None else convert_to_4bit(model, four_bit)
 
 
-def _is_finished(folder: Path, report: Mapping[str, Any], resume: bool) -> bool:
-    """Whether a run that is gone on with has ended this stage.
+def _check_data(folder: Path, report: Mapping[str, Any], resume: bool) -> None:
+    """Raise where a run of other data would be gone on with.
 
     Raises:
-        ValueError: it was a run of other data.
+        ValueError: it was one.
     """
-    if not resume:
-        return False
     tables = folder / TABLES_FILE
-    if tables.exists() and json.loads(tables.read_text(encoding="utf-8"))["tables"] != report_tables(report):
+    if resume and tables.exists() and json.loads(tables.read_text(encoding="utf-8"))["tables"] != report_tables(report):
         raise ValueError(
             f"resume=True must go on with the run in {folder}, which was trained on another data set (its {TABLES_FILE}"
             " differs); give another output_dir, or resume=False"
         )
-    return (folder / FINISHED).exists()
 
 
 def _warn_about_bfloat16(model: Any, args: Any, peft_config: Any) -> None:

@@ -126,6 +126,83 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
         train_target(target(), tokenizer(), preferences(sft_fraction=0.6), sft_args, dpo_args, resume=True)
 
 
+class KillIn(TrainerCallback):
+    """Stops a run at the end of a step of one stage; says which stages begin, and at which step."""
+
+    def __init__(self, stage=None, at=1):
+        self.stage, self.at = stage, at
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def on_train_begin(self, args, state, control, **others):
+        self.begun = [*getattr(self, "begun", []), (Path(args.output_dir).name, state.global_step)]
+
+    def on_step_end(self, args, state, control, **others):
+        if Path(args.output_dir).name == self.stage and state.global_step == self.at:
+            raise InterruptedError
+
+
+def run_in(folder, rate, seen, **options):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": rate}
+    sft_args, dpo_args = settings(folder, sft=saving, dpo=saving)
+    return train_target(
+        target(), tokenizer(), preferences(), sft_args, dpo_args, callbacks=[seen], **options
+    ).lm_head.weight
+
+
+@pytest.mark.parametrize(("stage", "at"), [("sft", 1), ("sft", 3), ("dpo", 1), ("dpo", 3)])
+def test_resume_goes_on_with_the_last_run_and_with_no_earlier_one(tmp_path, stage, at):
+    """Neither with the stages that an earlier run has ended in the same folders, nor with its checkpoints."""
+    first, expected = run_in(tmp_path / "twice", 1e-3, KillIn()), run_in(tmp_path / "once", 1e-1, KillIn())
+    with pytest.raises(InterruptedError):
+        run_in(tmp_path / "twice", 1e-1, KillIn(stage, at))
+    seen = KillIn()
+    resumed = run_in(tmp_path / "twice", 1e-1, seen, resume=True)
+    assert torch.equal(resumed, expected)
+    assert not torch.equal(resumed, first)
+    from_checkpoint = 2 if at == 3 else 0
+    assert seen.begun == ([("sft", from_checkpoint), ("dpo", 0)] if stage == "sft" else [("dpo", from_checkpoint)])
+
+
+def test_other_settings_are_nothing_to_go_on_with(tmp_path):
+    with pytest.raises(InterruptedError):
+        run_in(tmp_path, 1e-3, KillIn("dpo", 3))
+    with pytest.raises(ValueError, match=r"settings of the run in .*sft.* learning_rate was 0.001 and is 0.1; give"):
+        run_in(tmp_path, 1e-1, KillIn(), resume=True)
+    seen, more = KillIn(), {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 1e-3}
+    sft_args, dpo_args = settings(tmp_path, sft=more, dpo={**more, "beta": 3.0})
+    with pytest.raises(ValueError, match=r"run in .*dpo, of which .*beta was 10.0 and is 3.0; give those, or another"):
+        train_target(target(), tokenizer(), preferences(), sft_args, dpo_args, callbacks=[seen], resume=True)
+    assert not hasattr(seen, "begun")
+
+
+def test_an_adapter_and_4_bits_are_settings(tmp_path):
+    adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    with pytest.raises(InterruptedError):
+        run_in(tmp_path, 1e-3, KillIn("dpo", 3), peft_config=adapter, four_bit=FOUR_BIT)
+    with pytest.raises(ValueError, match=r"four_bit was .* and is None"):
+        run_in(tmp_path, 1e-3, KillIn(), peft_config=adapter, resume=True)
+    seen = KillIn()
+    run_in(tmp_path, 1e-3, seen, peft_config=adapter, four_bit=FOUR_BIT, resume=True)
+    assert seen.begun == [("dpo", 2)]
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+    """Its folders and checkpoints do not say whose they are."""
+    with pytest.raises(InterruptedError):
+        run_in(tmp_path, 1e-3, KillIn("dpo", 3))
+    for file in tmp_path.rglob("fusechat_run.json"):
+        file.unlink()
+    for file in tmp_path.rglob("trainer_state.json"):
+        state = json.loads(file.read_text())
+        state["stateful_callbacks"].pop("StageRun")
+        file.write_text(json.dumps(state))
+    seen = KillIn()
+    run_in(tmp_path, 1e-3, seen, resume=True)
+    assert seen.begun == [("dpo", 2)]
+
+
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
 def test_one_stage_alone(tmp_path, fraction):
     sft_args, dpo_args = settings(tmp_path)
