@@ -86,7 +86,7 @@ def curves(base: Run, record: Record) -> plt.Figure:
 def rates_apart(base: Run, record: Record) -> plt.Figure:
     """Final loss over the matrices' learning rate where the embedding has ten times as much, INT4, the first seed."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    rates = sorted((DEFAULT_RATE, *APART_RATES))
+    rates = APART_RATES
     for method, color in zip(APART, ("#0072B2", "#E69F00", "#D55E00"), strict=True):
         for name, style in ((apart(method, "embedding", 10), "-"), (method, ":")):
             runs = [replace(base, method=name, precision="int4", learning_rate=rate) for rate in rates]

@@ -38,6 +38,7 @@ from hf_stablespam import FourBitCallback, LearningRateScaleCallback, StabilizeC
 EVALUATIONS = 20  # along each run, on a few blocks: how fast the loss falls
 CURVE_BLOCKS, FINAL_BLOCKS = 64, 256
 HEADERS = ("c10", "torch", "pybind11", "google", "fmt")  # folders of torch/include
+TIED = "-tied"  # at the end of a size: one matrix is embedding and head
 STANDARD_LIBRARY, TORCH_HEADERS, INSTALLED_SOURCES = "standard_library", "torch_headers", "installed_sources"
 
 
@@ -81,11 +82,14 @@ class Run:
     def train(self) -> dict[str, Any]:
         """Pretrain from the seed; the columns of the CSV that describe run and outcome."""
         method, formats = METHODS[self.method], PRECISIONS[self.precision]
-        train, validation, tokenizer = data_for(self.data, self.model_size, self.block_size)
+        size = self.model_size.removesuffix(TIED)
+        train, validation, tokenizer = data_for(self.data, size, self.block_size)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         set_seed(self.seed)
-        model = llama(self.model_size, tokenizer, self.block_size)
+        model: Any = llama(size, tokenizer, self.block_size)
+        if self.model_size.endswith(TIED):
+            model.lm_head.weight = model.model.embed_tokens.weight
         times = StepTimes()
         callbacks: list[TrainerCallback] = [times] if formats is None else [times, FourBitCallback(formats)]
         if method.stabilized:

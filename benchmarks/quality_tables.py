@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from benchmarks.quality_methods import APART, apart
-from benchmarks.quality_runs import Run
+from benchmarks.quality_runs import TIED, Run
 from benchmarks.quality_studies import (
     BASELINES,
     DEFAULT_RATE,
@@ -71,6 +71,7 @@ def table(study: str, base: Run, record: Record) -> str:
         run, losses = summary.run, summary.losses
         perplexity = math.exp(summary.mean) if summary.mean < 700 else math.inf
         where = "" if run.data == base.data else f" on {run.data}"
+        where += ", tied" if run.model_size.endswith(TIED) else ""
         rows.append(
             (
                 f"`{run.method}`{where}",
