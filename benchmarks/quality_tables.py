@@ -140,6 +140,32 @@ def apart_table(base: Run, record: Record) -> str:
     return markdown(("optimizer", "linear layers", "one learning rate", "embedding × 10", "embedding × 30"), rows)
 
 
+def apart_summary(base: Run, record: Record) -> str:
+    """Each optimizer at its own best, the embedding apart, in words."""
+    found = {}
+    for method in APART:
+        best = best_apart(base, record, apart(method, "embedding", 10))
+        if best is not None:
+            (found[method],) = summaries(over_seeds(best), record)
+    if APART[0] not in found or len(found) < 2:
+        return "The runs at each optimizer's best rate of the matrices are not all on record."
+    ours, theirs = found.pop(APART[0]), min(found.values(), key=lambda one: one.mean)
+    losses = [_in_words(one) for one in (ours, theirs)]
+    beta = 0.95 if "beta95" in theirs.run.method else 0.999
+    decay = ", weight decay of 0.1" if theirs.run.method.endswith("decay") else ""
+    return (
+        "Each at its own best learning rate for the matrices, ten times that for the embedding, Stable-SPAM ends at "
+        f"{losses[0]} and the best AdamW (clipping, β2 of {beta}{decay}) at {losses[1]}: "
+        f"{theirs.mean - ours.mean:.3f} apart."
+    )
+
+
+def _in_words(one: Summary) -> str:
+    spread = f" ± {one.deviation:.3f}" if len(one.losses) > 1 else ""
+    seeds = f"{len(one.losses)} seed{'s' * (len(one.losses) > 1)}"
+    return f"{one.mean:.3f}{spread} (lr {one.run.learning_rate:g}, {seeds})"
+
+
 def fewer_table(base: Run, record: Record) -> str:
     """What whole runs of fewer steps end at, beside the Trainer's default and the best AdamW in all steps, INT4."""
     goals = [replace(base, method="adamw_clipped", precision="int4", learning_rate=DEFAULT_RATE)]

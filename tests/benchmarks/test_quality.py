@@ -178,6 +178,8 @@ def test_the_share_of_steps_to_each_adamw(made):
 
 def test_fewer_steps_stand_beside_the_goals(made):
     quality.main(["--studies", "pairs", "honest_baselines", "fewer_steps"])
+    summary = quality_tables.apart_summary(BASE, quality.read_record())
+    assert summary.count("3.010 ± 0.010 (lr 0.003, 3 seeds)") == 2
     lines = quality_tables.fewer_table(BASE, quality.read_record()).splitlines()[2:]
     assert lines[0] == "| `adamw_clipped` | 0.003 | 500 (1) | 3 | 3.010 | 0.010 |"
     assert lines[1].startswith("| `adamw_clipped_embedding10` | 0.003 | 500 (1) | 3 |")
