@@ -32,7 +32,7 @@ from benchmarks import (
 from benchmarks._record import RESULTS
 from benchmarks.quality_methods import apart
 from benchmarks.quality_runs import Run
-from benchmarks.quality_studies import STUDIES
+from benchmarks.quality_studies import SHORTER, STUDIES
 
 STEPS = 20
 FAULT_TOLERANCE = 0.05  # after 100 steps, and more faults
@@ -42,10 +42,10 @@ PERPLEXITY_TOLERANCE = 0.05
 
 
 def pairs() -> list[Run]:
-    """The demo's three settings with one learning rate, and Stable-SPAM with the embedding's apart; one seed."""
+    """The demo's three settings with one learning rate, Stable-SPAM with the embedding's apart, and Muon; one seed."""
     base = Run("stable_spam", "int4", 3e-3, steps=STEPS)
     settings = [run for run in STUDIES["pairs"](base, {}) if run.seed == base.seed]
-    return [*settings, replace(base, method=apart("stable_spam", "embedding", 10))]
+    return [*settings, *(replace(base, method=name) for name in (apart("stable_spam", "embedding", 10), SHORTER[-1]))]
 
 
 def fault() -> faults.Run:
