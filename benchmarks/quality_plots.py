@@ -88,13 +88,13 @@ def rates_apart(base: Run, record: Record) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     rates = APART_RATES
     for method, color in zip(APART, ("#0072B2", "#E69F00", "#D55E00"), strict=True):
-        for name, style in ((apart(method, "embedding", 10), "-"), (method, ":")):
+        for name, style, marker in ((apart(method, "embedding", 10), "-", "o"), (method, ":", "x")):
             runs = [replace(base, method=name, precision="int4", learning_rate=rate) for rate in rates]
             points = [(run.learning_rate, loss_of(record, run)) for run in runs if run in record]
             points = [point for point in points if math.isfinite(point[1])]
             label = LABELS[method] if style == "-" else f"{LABELS[method]}, one rate for all"
             if points:
-                axes.plot(*zip(*points, strict=True), style, marker="o", label=label, color=color)
+                axes.plot(*zip(*points, strict=True), style, marker=marker, label=label, color=color)
     axes.set(xscale="log", xlabel="learning rate of the matrices", ylabel=f"validation loss after {base.steps} steps")
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes.minorticks_off()
