@@ -19,6 +19,8 @@ from stabilize_lion import Lion
 from hf_stablespam import FourBitConfig
 from tests.reference.official_stable_spam import OfficialStableSPAM
 
+Own = Callable[[torch.nn.Module, float, int], torch.optim.Optimizer]  # from model, learning rate, steps
+
 
 @dataclass(frozen=True)
 class Method:
@@ -29,21 +31,26 @@ class Method:
     targets: str | None = None  # optim_target_modules, for GaLore
     clip: float = 0.0  # the Trainer's own max_grad_norm
     stabilized: bool = False
-    own: Callable[..., torch.optim.Optimizer] | None = None  # built here: the Trainer has no name for it
+    own: Own | None = None  # built here: the Trainer has no name for it
     rates: tuple[float, ...] = (5e-4, 1e-3, 3e-3, 1e-2, 2e-2)
     arguments: dict[str, Any] = field(default_factory=dict)  # further TrainingArguments
     stable: bool = False  # the whole learning rate until the last fifth, instead of a cosine
     scales: dict[str, float] = field(default_factory=dict)  # factors on learning rates, of LearningRateScaleCallback
 
     def optimizer(self, model: torch.nn.Module, learning_rate: float, steps: int) -> torch.optim.Optimizer | None:
-        if self.own is None:
-            return None
-        if self.own is MuonBesideAdamW:
-            return MuonBesideAdamW(model, learning_rate)
-        options: dict[str, Any] = {"lr": learning_rate}
-        if self.own is OfficialStableSPAM:
-            options |= {"reset_interval": int(str(self.optim_args).removeprefix("reset_interval=")), "decay": steps}
-        return self.own(model.parameters(), **options)
+        """What is built here, if it is; learning rate and steps are the run's."""
+        return None if self.own is None else self.own(model, learning_rate, steps)
+
+
+def _of_parameters(optimizer: type[torch.optim.Optimizer]) -> Own:
+    return lambda model, learning_rate, steps: optimizer(model.parameters(), lr=learning_rate)  # type: ignore[call-arg]
+
+
+def _official(reset_interval: int) -> Own:
+    """The official code's Stable-SPAM."""
+    return lambda model, learning_rate, steps: OfficialStableSPAM(
+        model.parameters(), lr=learning_rate, reset_interval=reset_interval, decay=steps
+    )
 
 
 class MuonBesideAdamW(torch.optim.Optimizer):
@@ -52,7 +59,7 @@ class MuonBesideAdamW(torch.optim.Optimizer):
     Muon's step is scaled to the size of AdamW's (Moonshot's rule), so that one learning rate serves both.
     """
 
-    def __init__(self, model: torch.nn.Module, lr: float) -> None:
+    def __init__(self, model: torch.nn.Module, lr: float, steps: int) -> None:
         kinds: dict[str, list[torch.nn.Parameter]] = {"matrix": [], "embedding": [], "rest": []}
         for name, param in model.named_parameters():
             inside = "layers" in name and param.dim() == 2
@@ -94,8 +101,8 @@ METHODS = {
     "adamw_stabilized": Method("adamw_torch", stabilized=True),
     "adafactor": Method("adafactor"),
     "spam": Method("spam", SPAM_ARGUMENTS, arguments={"adam_epsilon": 1e-6}),
-    "lion": Method("sgd", own=Lion),
-    "lion_stabilized": Method("sgd", own=Lion, stabilized=True),
+    "lion": Method("sgd", own=_of_parameters(Lion)),
+    "lion_stabilized": Method("sgd", own=_of_parameters(Lion), stabilized=True),
     "galore": _galore(PLAIN),
     "galore_stable_spam": _galore("reset_interval=none"),
     # Stable-SPAM as it comes: no reset falls into 500 steps, the decay runs over them
@@ -113,8 +120,8 @@ METHODS = {
     "only_decay": Method(optim_args="clip_beta=none,norm_betas=none,reset_interval=none"),
     # resets: how often, and as the official code does them
     "stable_spam_reset100": Method(optim_args="reset_interval=100"),
-    "official_reset100": Method("sgd", "reset_interval=100", own=OfficialStableSPAM),
-    "official_reset200": Method("sgd", RESET, own=OfficialStableSPAM),
+    "official_reset100": Method("sgd", own=_official(100)),
+    "official_reset200": Method("sgd", own=_official(200)),
     # candidates for better defaults
     "stable_spam_beta95": Method(arguments=FASTER),
     "stable_spam_slow_norm": Method(optim_args="norm_betas=0.85:0.999"),

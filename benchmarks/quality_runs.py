@@ -132,7 +132,7 @@ class Run:
         return TrainingArguments(
             folder,
             optim=method.optim,
-            optim_args=None if method.own else method.optim_args,
+            optim_args=method.optim_args,
             optim_target_modules=method.targets,
             learning_rate=self.learning_rate,
             max_grad_norm=method.clip,

@@ -130,12 +130,7 @@ def apart_table(base: Run, record: Record) -> str:
         for each in (method, *(apart(method, "embedding", factor) for factor in (10, 30))):
             own = replace(base, method=each, precision="int4", learning_rate=DEFAULT_RATE)
             (found,) = summaries(over_seeds(own), record) or [None]
-            if found is None:
-                cells.append("–")
-                continue
-            spread = f" ± {found.deviation:.3f}" if len(found.losses) > 1 else ""
-            seeds = f"{len(found.losses)} seed{'s' * (len(found.losses) > 1)}"
-            cells.append(f"{number(found.mean)}{spread} ({seeds})")
+            cells.append("–" if found is None else _in_words(found))
         rows.append((name, "INT4", *cells))
     return markdown(("optimizer", "linear layers", "one learning rate", "embedding × 10", "embedding × 30"), rows)
 
@@ -150,7 +145,7 @@ def apart_summary(base: Run, record: Record) -> str:
     if APART[0] not in found or len(found) < 2:
         return "The runs at each optimizer's best rate of the matrices are not all on record."
     ours, theirs = found.pop(APART[0]), min(found.values(), key=lambda one: one.mean)
-    losses = [_in_words(one) for one in (ours, theirs)]
+    losses = [_in_words(one, f"lr {one.run.learning_rate:g}, ") for one in (ours, theirs)]
     beta = 0.95 if "beta95" in theirs.run.method else 0.999
     decay = ", weight decay of 0.1" if theirs.run.method.endswith("decay") else ""
     return (
@@ -160,10 +155,10 @@ def apart_summary(base: Run, record: Record) -> str:
     )
 
 
-def _in_words(one: Summary) -> str:
+def _in_words(one: Summary, setting: str = "") -> str:
     spread = f" ± {one.deviation:.3f}" if len(one.losses) > 1 else ""
     seeds = f"{len(one.losses)} seed{'s' * (len(one.losses) > 1)}"
-    return f"{one.mean:.3f}{spread} (lr {one.run.learning_rate:g}, {seeds})"
+    return f"{number(one.mean)}{spread} ({setting}{seeds})"
 
 
 def fewer_table(base: Run, record: Record) -> str:

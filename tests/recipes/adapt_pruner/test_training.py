@@ -70,6 +70,15 @@ def test_stages_share_the_run_as_they_share_the_data(tmp_path):
     assert lengths == [2, 4, 6]
 
 
+def whole_and_resumed(trainer, checkpoint):
+    """A run in the checkpoint's folder, and one that goes on from the checkpoint, from `trainer(model, folder)`."""
+    whole = trainer(small(), checkpoint.parent)
+    whole.train()
+    resumed = trainer(load_pruned(checkpoint, dtype=torch.float32), checkpoint.parent.parent / "resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    return whole, resumed
+
+
 def test_ten_steps_and_ten_more_equal_twenty(tmp_path):
     """A cut at step 10, where the checkpoint is, with a warm-up after its reset: both survive."""
 
@@ -81,11 +90,8 @@ def test_ten_steps_and_ten_more_equal_twenty(tmp_path):
         more = {"save_strategy": "steps", "save_steps": 10, "lr_scheduler_type": "cosine", "max_steps": 20}
         return tiny_trainer(folder, model=model, callbacks=callbacks, **{**OPTIONS, **more})
 
-    whole = trainer(small(), tmp_path / "whole")
-    whole.train()
     checkpoint = tmp_path / "whole" / "checkpoint-10"
-    resumed = trainer(load_pruned(checkpoint, dtype=torch.float32), tmp_path / "resumed")
-    resumed.train(resume_from_checkpoint=str(checkpoint))
+    whole, resumed = whole_and_resumed(trainer, checkpoint)
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
     assert [row["loss"] for row in training_logs(whole)] == [row["loss"] for row in training_logs(resumed)]
@@ -143,11 +149,8 @@ def test_figures_over_a_cut_survive_a_checkpoint(tmp_path):
         more = {"save_strategy": "steps", "save_steps": 4, "logging_steps": 3}
         return tiny_trainer(folder, model=model, callbacks=callbacks, **{**OPTIONS, **more})
 
-    whole = trainer(small(), tmp_path / "whole")
-    whole.train()
     checkpoint = tmp_path / "whole" / "checkpoint-4"
-    resumed = trainer(load_pruned(checkpoint, dtype=torch.float32), tmp_path / "resumed")
-    resumed.train(resume_from_checkpoint=str(checkpoint))
+    whole, resumed = whole_and_resumed(trainer, checkpoint)
     one, other = (
         [{name: value for name, value in row.items() if "/" in name} for row in training_logs(run)]
         for run in (whole, resumed)
