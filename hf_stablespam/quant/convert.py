@@ -95,12 +95,6 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
         return model
     if not chosen and not experts and not converted:
         raise ValueError(f"no layer to convert to 4 bits: {_why_nothing(model, config)}")
-    if idle := unmatched(model, config):
-        logger.warning(
-            "%s in target_modules or modules_to_not_convert: no module of the model is called so: it does nothing;"
-            " mend the name, or leave it out",
-            ", ".join(map(repr, idle)),
-        )
     for name in chosen.keys() & directly_read(model).keys():
         logger.warning(
             "%s, named in target_modules, is a layer whose weight %s may read and multiply by itself: what it computes"
@@ -119,6 +113,12 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
         logger.warning(
             "%s: the experts of this mixture are in a form that is not known here, and stay in high precision",
             ", ".join(sorted(unknown)),
+        )
+    if (chosen or experts) and (idle := unmatched(model, config)):
+        logger.warning(
+            "%s in target_modules or modules_to_not_convert: no module of the model is called so: it does nothing;"
+            " mend the name, or leave it out",
+            ", ".join(map(repr, idle)),
         )
     if chosen or experts:
         announce(

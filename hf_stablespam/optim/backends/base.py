@@ -31,12 +31,17 @@ class Backend(ABC):
         targets = [state[name] for name in CHANGING for state in self.batch.states]
         torch._foreach_copy_(targets, list(trackers.view(-1).unbind()))
 
-    def kept_memory(self) -> list[Tensor]:
-        """Memory like that of the gradients, kept from step to step: new pages cost more than what is written there."""
-        for grad, state in zip(self.batch.grads, self.batch.states, strict=True):
+    def kept_memory(self, plan: Plan) -> list[Tensor]:
+        """Memory like that of the gradients, kept from step to step: new pages cost more than what is written there.
+
+        For the host; zeros where the tensor is passed over.
+        """
+        for grad, state, finite in zip(self.batch.grads, self.batch.states, plan.finite.tolist(), strict=True):
             kept = state.get(KEPT)
             if kept is None or kept.dtype != grad.dtype or kept.stride() != grad.stride() or kept.shape != grad.shape:
                 state[KEPT] = torch.empty_like(grad)
+            if not finite:
+                state[KEPT].zero_()
         return [state[KEPT] for state in self.batch.states]
 
     @abstractmethod

@@ -83,10 +83,7 @@ class NumbaOps(Backend):
         torch.autograd.graph.increment_version(self.batch.params)  # as torch's own operations do: autograd notices
 
     def rescale(self, plan: Plan) -> list[Tensor]:
-        new = self.kept_memory()
-        for tensor, finite in zip(new, plan.finite.tolist(), strict=True):
-            if not finite:
-                tensor.zero_()
+        new = self.kept_memory(plan)
         self._launch(self.kernels.rescale, self._usable_chunks(plan), _addresses([new])[0], *self.grads, _rows(plan.by))
         return new
 

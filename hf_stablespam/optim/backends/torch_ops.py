@@ -110,8 +110,7 @@ class TorchOps(Backend):
             bucket.scatter("exp_avg_sq", exp_avg_sq)
 
     def rescale(self, plan: Plan) -> list[Tensor]:
-        new = self.kept_memory() if self.on_host else [torch.empty_like(grad) for grad in self.batch.grads]
-        torch._foreach_zero_(new)
+        new = self.kept_memory(plan) if self.on_host else [torch.empty_like(grad) for grad in self.batch.grads]
         targets = _buckets(self.batch._replace(states=[{"exp_avg": value} for value in new]))  # cut like the gradients
         for bucket, (grad, _) in self._stabilized(plan, targets):
             bucket.scatter("exp_avg", grad)
