@@ -178,6 +178,7 @@ def rates_apart(base: Run, record: Record) -> Iterator[Run]:
 
 
 APART_RATES = (7.5e-4, 1.5e-3, DEFAULT_RATE, 6e-3, 1.2e-2)  # of the matrices
+FULL_RATES = (6e-3, 1.5e-3)  # in full precision, beside the default
 
 
 def honest_baselines(base: Run, record: Record) -> Iterator[Run]:
@@ -194,6 +195,8 @@ def honest_baselines(base: Run, record: Record) -> Iterator[Run]:
         if best is not None:
             yield from over_seeds(best)
     yield from (replace(own, method=method, learning_rate=APART_RATES[0]) for method in names)
+    for rate in FULL_RATES:
+        yield from (replace(own, method=method, precision="full", learning_rate=rate) for method in names)
 
 
 def best_apart(base: Run, record: Record, method: str) -> Run | None:
@@ -223,6 +226,26 @@ def fewer_steps(base: Run, record: Record) -> Iterator[Run]:
     best = min(tried, key=lambda run: loss_of(record, run))
     for run in dict.fromkeys((tried[0], best, replace(best, steps=longer))):
         yield from over_seeds(run)
+
+
+LARGER, SEQUENCES, TIMES_LONGER = "9m", 8, 4
+LONGER_RATES = (DEFAULT_RATE, 6e-3)
+
+
+def longer(base: Run, record: Record) -> Iterator[Run]:
+    """A model of 9M parameters over four times the steps, 8 sequences a step: both at their better rate, two seeds."""
+    own = replace(base, model_size=LARGER, batch_size=SEQUENCES, steps=TIMES_LONGER * base.steps)
+    names = [apart(method, "embedding", 10) for method in ("stable_spam", "adamw_clipped_beta95")]
+    tried = {
+        method: [replace(own, method=method, precision="int4", learning_rate=rate) for rate in LONGER_RATES]
+        for method in names
+    }
+    yield from itertools.chain.from_iterable(zip(*tried.values(), strict=True))
+    if any(run not in record for runs in tried.values() for run in runs):
+        return
+    best = [min(runs, key=lambda run: loss_of(record, run)) for runs in tried.values()]
+    for seed in SEEDS[:2]:
+        yield from (replace(run, precision=name, seed=seed) for name in ("full", "int4") for run in best)
 
 
 def best_factor(record: Record, base: Run) -> int | None:
@@ -256,6 +279,7 @@ STUDIES: dict[str, Callable[[Run, Record], Iterator[Run]]] = {
         rates_apart,
         honest_baselines,
         fewer_steps,
+        longer,
         at_scale,
     )
 }
