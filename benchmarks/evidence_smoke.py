@@ -34,7 +34,7 @@ from benchmarks.quality_methods import apart
 from benchmarks.quality_runs import Run
 from benchmarks.quality_studies import SHORTER, STUDIES
 
-STEPS = 20
+STEPS, LARGER_STEPS = 20, 4
 FAULT_TOLERANCE = 0.05  # after 100 steps, and more faults
 LOSS_TOLERANCE = 0.02  # other processors round otherwise, and 20 steps let that grow
 DIGITS_TOLERANCE = 0.03  # of the test images: eleven of 360
@@ -42,10 +42,14 @@ PERPLEXITY_TOLERANCE = 0.05
 
 
 def pairs() -> list[Run]:
-    """The demo's three settings with one learning rate; Stable-SPAM with the embedding's apart, by two schedules."""
+    """The demo's three settings with one learning rate; Stable-SPAM with the embedding's apart, by two schedules.
+
+    And the larger model for a few steps.
+    """
     base = Run("stable_spam", "int4", 3e-3, steps=STEPS)
     settings = [run for run in STUDIES["pairs"](base, {}) if run.seed == base.seed]
-    return [*settings, *(replace(base, method=name) for name in (apart("stable_spam", "embedding", 10), SHORTER[1]))]
+    settings += [replace(base, method=name) for name in (apart("stable_spam", "embedding", 10), SHORTER[1])]
+    return [*settings, replace(next(STUDIES["longer"](base, {})), steps=LARGER_STEPS)]
 
 
 def fault() -> faults.Run:
@@ -99,7 +103,10 @@ def main(command_line: list[str] | None = None) -> None:
     trained, tested = quality.read_record(), outside_language.read_record()
     agree = [
         compare(
-            f"{run.method}, {run.precision}", float(trained[run]["eval_loss"]), run.train()["eval_loss"], LOSS_TOLERANCE
+            f"{run.method}, {run.precision}, {run.model_size}",
+            float(trained[run]["eval_loss"]),
+            run.train()["eval_loss"],
+            LOSS_TOLERANCE,
         )
         for run in pairs()
     ]

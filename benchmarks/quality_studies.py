@@ -211,6 +211,7 @@ def best_apart(base: Run, record: Record, method: str) -> Run | None:
 
 
 SHORT, LONGER = 0.4, 0.75  # of the steps of the Trainer's default, and of the best AdamW: the goals
+LONGER_RATES = (DEFAULT_RATE, 6e-3)
 SHORTER = ("stable_spam_embedding10", "shorter_wsd", "shorter_beta95", "shorter_muon", "shorter_muon_stabilized")
 
 
@@ -219,17 +220,19 @@ def fewer_steps(base: Run, record: Record) -> Iterator[Run]:
     own = replace(base, precision="int4", learning_rate=DEFAULT_RATE)
     short, longer = (max(1, round(share * base.steps)) for share in (SHORT, LONGER))
     tried = [replace(own, method=method, steps=short) for method in SHORTER]
+    later = [
+        replace(own, method=method, steps=longer, learning_rate=rate) for rate in LONGER_RATES for method in SHORTER[:2]
+    ]
     yield from tried
-    yield replace(own, method=SHORTER[0], steps=longer)
-    if any(run not in record for run in tried):
+    yield from later
+    if any(run not in record for run in (*tried, *later)):
         return
-    best = min(tried, key=lambda run: loss_of(record, run))
-    for run in dict.fromkeys((tried[0], best, replace(best, steps=longer))):
+    bests = [min(runs, key=lambda run: loss_of(record, run)) for runs in (tried, later)]
+    for run in dict.fromkeys((tried[0], *bests)):
         yield from over_seeds(run)
 
 
 LARGER, SEQUENCES, TIMES_LONGER = "9m", 8, 4
-LONGER_RATES = (DEFAULT_RATE, 6e-3)
 
 
 def longer(base: Run, record: Record) -> Iterator[Run]:
