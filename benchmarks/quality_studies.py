@@ -236,12 +236,17 @@ LARGER, SEQUENCES, TIMES_LONGER = "9m", 8, 4
 
 
 def longer(base: Run, record: Record) -> Iterator[Run]:
-    """A model of 9M parameters over four times the steps, 8 sequences a step, the embedding apart; two seeds."""
-    own = replace(base, model_size=LARGER, batch_size=SEQUENCES, learning_rate=DEFAULT_RATE)
+    """9M parameters, four times the steps: AdamW with both β2, at a lower rate too; full precision; a second seed."""
+    own = replace(base, model_size=LARGER, batch_size=SEQUENCES, precision="int4", learning_rate=DEFAULT_RATE)
     own = replace(own, steps=TIMES_LONGER * base.steps)
-    names = [apart(method, "embedding", 10) for method in ("stable_spam", "adamw_clipped_beta95")]
-    for seed, precision in itertools.product(SEEDS[:2], ("int4", "full")):
-        yield from (replace(own, method=name, precision=precision, seed=seed) for name in names)
+    ours, slower, faster = (replace(own, method=apart(method, "embedding", 10)) for method in APART)
+    lower = [replace(run, learning_rate=APART_RATES[1]) for run in (faster, slower)]
+    yield from (ours, faster, *lower)
+    if any(run not in record for run in (ours, faster, *lower)):
+        return
+    bests = ours, min((faster, *lower), key=lambda run: loss_of(record, run))
+    for seed, precision in ((SEEDS[0], "full"), (SEEDS[1], "int4"), (SEEDS[1], "full")):
+        yield from (replace(run, precision=precision, seed=seed) for run in bests)
 
 
 def best_factor(record: Record, base: Run) -> int | None:
