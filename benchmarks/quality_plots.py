@@ -1,6 +1,6 @@
 """The figures of the quality benchmark, drawn from its record.
 
-python benchmarks/quality_plots.py            # docs/images/learning-rates.png, steps.png and rates-apart.png
+python benchmarks/quality_plots.py            # writes them into docs/images
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.quality import read_record
 from benchmarks.quality_methods import APART, METHODS, apart
 from benchmarks.quality_runs import Run
-from benchmarks.quality_studies import APART_RATES, DEFAULT_RATE, SEEDS, SWEPT, Record, loss_of
+from benchmarks.quality_studies import APART_RATES, DEFAULT_RATE, SEEDS, STUDIES, SWEPT, Record, loss_of
 from benchmarks.quality_tables import curve
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 # The palette of Okabe and Ito, which the colour-blind can tell apart
 COLORS = dict(zip(SWEPT, ("#E69F00", "#0072B2", "#999999", "#009E73", "#CC79A7", "#D55E00"), strict=True))
+APART_COLORS = ("#0072B2", "#E69F00", "#D55E00")
 LABELS = {
     "adamw_clipped": "AdamW + clipping",
     "stable_spam": "Stable-SPAM",
@@ -87,7 +88,7 @@ def rates_apart(base: Run, record: Record) -> plt.Figure:
     """Final loss over the matrices' learning rate where the embedding has ten times as much, INT4, the first seed."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     rates = APART_RATES
-    for method, color in zip(APART, ("#0072B2", "#E69F00", "#D55E00"), strict=True):
+    for method, color in zip(APART, APART_COLORS, strict=True):
         for name, style, marker in ((apart(method, "embedding", 10), "-", "o"), (method, ":", "x")):
             runs = [replace(base, method=name, precision="int4", learning_rate=rate) for rate in rates]
             points = [(run.learning_rate, loss_of(record, run)) for run in runs if run in record]
@@ -103,6 +104,24 @@ def rates_apart(base: Run, record: Record) -> plt.Figure:
     return figure
 
 
+def longer(base: Run, record: Record) -> plt.Figure:
+    """Validation loss over the steps of the larger model, each run of the first seed a line."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    colors = dict(zip((apart(method, "embedding", 10) for method in APART), APART_COLORS, strict=True))
+    runs = [run for run in STUDIES["longer"](base, record) if run in record and run.seed == SEEDS[0]]
+    for run in runs:
+        style = "--" if run.precision == "full" else "-" if run.learning_rate == DEFAULT_RATE else ":"
+        precision = "full precision" if run.precision == "full" else "INT4"
+        label = f"{LABELS[run.method.removesuffix('_embedding10')]}, {precision}, {run.learning_rate:g}"
+        axes.plot(*zip(*curve(record[run]), strict=True), style, color=colors[run.method], label=label)
+    if runs:
+        axes.set_ylim(top=min(curve(record[run])[-1][1] for run in runs) + 1.2)
+        axes.legend(fontsize="small")
+    axes.set(xlabel="update step", ylabel="validation loss")
+    axes.grid(alpha=0.3)
+    return figure
+
+
 def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=IMAGES, help="folder of the images")
@@ -110,7 +129,8 @@ def main(command_line: list[str] | None = None) -> None:
     options = parser.parse_args(command_line)
     record, base = read_record(), Run("stable_spam", "int4", DEFAULT_RATE, steps=options.steps)
     options.output.mkdir(parents=True, exist_ok=True)
-    for name, draw in {"learning-rates": learning_rates, "steps": curves, "rates-apart": rates_apart}.items():
+    drawings = {"learning-rates": learning_rates, "steps": curves, "rates-apart": rates_apart, "longer": longer}
+    for name, draw in drawings.items():
         figure = draw(base, record)
         figure.savefig(options.output / f"{name}.png", dpi=120, metadata={"Software": None})
         plt.close(figure)

@@ -223,13 +223,11 @@ def fewer_steps(base: Run, record: Record) -> Iterator[Run]:
     later = [
         replace(own, method=method, steps=longer, learning_rate=rate) for rate in LONGER_RATES for method in SHORTER[:2]
     ]
-    yield from tried
-    yield from later
-    if any(run not in record for run in (*tried, *later)):
-        return
-    bests = [min(runs, key=lambda run: loss_of(record, run)) for runs in (tried, later)]
-    for run in dict.fromkeys((tried[0], *bests)):
-        yield from over_seeds(run)
+    for runs in (tried, later):
+        yield from runs
+        if all(run in record for run in runs):
+            yield from over_seeds(min(runs, key=lambda run: loss_of(record, run)))
+    yield from over_seeds(tried[0])
 
 
 LARGER, SEQUENCES, TIMES_LONGER = "9m", 8, 4

@@ -186,14 +186,23 @@ def test_fewer_steps_stand_beside_the_goals(made):
     assert {line.split("|")[3].strip() for line in lines[2:]} == {"200 (0.4)", "375 (0.75)"}
 
 
+def test_longer_runs_go_on_at_the_best_adamw(made):
+    quality.main(["--studies", "longer"])
+    assert {(run.model_size, run.steps, run.batch_size) for run in made} == {("9m", 2000, 8)}
+    assert [run.learning_rate for run in made[:4]] == [3e-3, 3e-3, 1.5e-3, 1.5e-3]
+    later = [(run.seed, run.precision) for run in made[4:]]
+    assert later == [(42, "full")] * 2 + [(43, "int4")] * 2 + [(43, "full")] * 2
+    assert {run.method for run in made[4:]} == {"stable_spam_embedding10", "adamw_clipped_beta95_embedding10"}
+
+
 def test_minutes_become_steps(made, monkeypatch, tmp_path):
     monkeypatch.setattr(Run, "train", lambda run: made.append(run) or {"seconds_per_step": 0.5, "eval_loss": 1.0})
     assert quality.steps_within(2, BASE) == 240
 
 
 def test_the_figures_are_drawn_from_the_record(made, tmp_path):
-    quality.main(["--studies", "pairs", "sweep", "honest_baselines"])
+    quality.main(["--studies", "pairs", "sweep", "honest_baselines", "longer"])
     quality_plots.main(["--output", str(tmp_path / "images")])
     sizes = [path.stat().st_size for path in (tmp_path / "images").glob("*.png")]
-    assert len(sizes) == 3
+    assert len(sizes) == 4
     assert min(sizes) > 10_000
