@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_stablespam._shared_errors import all_processes, shared_errors
 from hf_stablespam.recipes.lae.adapters import (
     OFFLINE,
     ONLINE,
@@ -180,8 +181,9 @@ class LAECallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
     ) -> None:
         folder = Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        if state.is_world_process_zero and folder.is_dir():
-            model.save_pretrained(folder)
+        with shared_errors(all_processes()):
+            if state.is_world_process_zero and folder.is_dir():
+                model.save_pretrained(folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
