@@ -6,6 +6,7 @@ PEFT is not imported here: where it has not been, there is no adapter.
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -43,12 +44,17 @@ def adapter_parts(model: nn.Module) -> set[str]:
     return parts
 
 
-def check_adapters(model: nn.Module) -> None:
+def check_adapters(model: nn.Module, trained: Collection[str] | None = None) -> None:
     """Raise unless every adapter of `model` over a 4-bit layer computes with what that layer gives.
 
-    BOFT and some others multiply by a changed copy of the weight instead: nothing of it would be in 4 bits. One layer
-    of each kind is tried on a row of zeros, with nothing in the place of the 4-bit product. DoRA with dropout scales
-    the product by (m - 1) anew, with the weight itself.
+    HRA, SHiRA and some others multiply by a changed copy of the weight instead: nothing of it would be in 4 bits. One
+    layer of each kind is tried on a row of zeros, with nothing in the place of the 4-bit product. DoRA with dropout
+    scales the product by (m - 1) anew, with the weight itself.
+
+    Args:
+        model: any module.
+        trained: names of the adapters that are going to be trained; default: those that are active and either have a
+            gradient or are in training.
 
     Raises:
         ValueError: a kind of adapter that does not, with the name of its first layer.
@@ -63,7 +69,7 @@ def check_adapters(model: nn.Module) -> None:
         base: Any = module.get_base_layer()
         if not isinstance(base, FourBitLinear) or base.adapter:
             continue
-        _check_dora(module, name)
+        _check_dora(module, name, trained)
         if type(module) not in tried:
             tried.add(type(module))
             if not _calls(module, base):
@@ -75,11 +81,12 @@ def check_adapters(model: nn.Module) -> None:
                 )
 
 
-def _check_dora(adapter: Any, name: str) -> None:
-    """Raise if an active DoRA that is trained, or whose layer is in training, drops numbers of its input."""
+def _check_dora(adapter: Any, name: str, trained: Collection[str] | None) -> None:
+    """Raise if a DoRA that is trained, or whose layer is in training, drops numbers of its input."""
     for which, magnitude in (getattr(adapter, "lora_magnitude_vector", None) or {}).items():
         dropout = adapter.lora_dropout[which]
-        used = which in adapter.active_adapters and (adapter.training or magnitude.weight.requires_grad)
+        active = which in adapter.active_adapters and (adapter.training or magnitude.weight.requires_grad)
+        used = active if trained is None else which in trained
         if used and not isinstance(dropout, nn.Identity):
             raise ValueError(
                 f"{name}: lora_dropout must be 0 for DoRA over a 4-bit layer, got {getattr(dropout, 'p', dropout)} for"
@@ -97,12 +104,14 @@ def _calls(adapter: Any, base: FourBitLinear) -> bool:
         called = True
         return x.new_zeros(*x.shape[:-1], base.out_features)
 
-    row = torch.zeros(1, base.in_features, dtype=base.weight.dtype, device=base.weight.device)
+    device = base.weight.device
+    row = torch.zeros(1, base.in_features, dtype=base.weight.dtype, device=device)
     own = base.__dict__
     before = {"forward": own["forward"]} if "forward" in own else {}  # where hooks of accelerate stand
     own["forward"] = stand_in
-    try:
-        with torch.no_grad():
+    kind = device.type if device.type in ("cuda", "xpu") else ""
+    try:  # dropout draws numbers, on which those of the run must not depend
+        with torch.no_grad(), torch.random.fork_rng([device] if kind else [], device_type=kind or "cuda"):
             adapter(row)
     except Exception:  # an adapter with arguments of its own, or on the meta device
         return True

@@ -1,0 +1,123 @@
+"""Adapters of PEFT over 4-bit layers: what they compute and merge to, and which are refused, whichever came first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from hf_stablespam import register, unregister
+from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit
+
+CONFIG = FourBitConfig("int4", None, group_size=8)
+NEVER_CALLS = {
+    "hra": ("HRAConfig", {}),
+    "shira": ("ShiraConfig", {"r": 2}),
+    "frod": ("FrodConfig", {}),
+    "supertuning": ("SupertuningConfig", {}),
+    "miss_bat": ("MissConfig", {"r": 8, "init_weights": "bat"}),
+}
+
+
+def config_of(kind: str, options: dict[str, Any], targets: tuple[str, ...] = ("0",)) -> Any:
+    """The configuration of a kind of adapter, where the installed PEFT has it."""
+    if not hasattr(peft, kind):
+        pytest.skip(f"this PEFT has no {kind}")
+    return getattr(peft, kind)(target_modules=list(targets), **options)
+
+
+def plain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+
+
+def converted(config: Any, first: str, four_bit: FourBitConfig = CONFIG, training: bool = True) -> Any:
+    """A model in 4 bits with an adapter over it, in either order."""
+    if first == "peft":
+        return convert_to_4bit(get_peft_model(plain(), config).train(training), four_bit)
+    return get_peft_model(convert_to_4bit(plain(), four_bit).train(training), config)
+
+
+@pytest.mark.parametrize("first", ["convert", "peft"])
+@pytest.mark.parametrize("name", NEVER_CALLS)
+def test_an_adapter_that_never_calls_its_layer_is_refused_by_name(name: str, first: str) -> None:
+    """Of PEFT's: these multiply by a changed copy of the weight."""
+    config = config_of(*NEVER_CALLS[name])
+    with pytest.raises(ValueError, match=r"0 is an adapter \(peft.* that never calls the 4-bit"):
+        converted(config, first)
+    kept = FourBitConfig("int4", None, group_size=8, modules_to_not_convert=("0", "0.base_layer"))
+    converted(config_of(*NEVER_CALLS[name]), first, kept)
+
+
+@pytest.mark.parametrize("first", ["convert", "peft"])
+@pytest.mark.parametrize("training", [True, False])
+def test_dora_with_dropout_is_refused_where_it_would_be_trained(training: bool, first: str) -> None:
+    """PEFT then multiplies by (m - 1)·W besides, in training only."""
+    message = r"0: lora_dropout must be 0 for DoRA .* got 0.1 for 'default': .*; set lora_dropout=0, or use_dora"
+    options = {"use_dora": True, "lora_dropout": 0.1}
+    with pytest.raises(ValueError, match=message):
+        converted(config_of("LoraConfig", options), first, training=training)
+    converted(config_of("LoraConfig", {"use_dora": True}), first)
+    converted(config_of("LoraConfig", {"lora_dropout": 0.1}), first)
+
+
+@pytest.mark.parametrize("first", ["convert", "peft"])
+def test_dora_with_dropout_may_be_evaluated(first: str) -> None:
+    options = {"use_dora": True, "lora_dropout": 0.1}
+    if first == "peft":
+        model = get_peft_model(plain(), config_of("LoraConfig", options)).requires_grad_(False).eval()
+        convert_to_4bit(model, CONFIG)
+    else:
+        config = config_of("LoraConfig", {**options, "inference_mode": True})
+        model = get_peft_model(convert_to_4bit(plain(), CONFIG), config).eval()
+    layer = model.base_model.model[0]
+    layer.lora_magnitude_vector["default"].weight.data.mul_(3)
+    x, base = torch.randn(4, 32), layer.get_base_layer()
+    torch.testing.assert_close(layer(x), 3 * (base(x) - base.bias) + base.bias)
+
+
+def test_an_adapter_that_is_added_later_is_looked_at_before_it_is_active() -> None:
+    model = converted(LoraConfig(target_modules=["0"]), "convert")
+    with pytest.raises(ValueError, match=r"lora_dropout must be 0 for DoRA .* got 0.1 for 'second'"):
+        model.add_adapter("second", config_of("LoraConfig", {"use_dora": True, "lora_dropout": 0.1}))
+
+
+def test_an_adapter_that_transformers_or_nobody_wraps_is_looked_at() -> None:
+    with pytest.raises(ValueError, match="never calls the 4-bit layer"):
+        peft.inject_adapter_in_model(config_of("HRAConfig", {}), convert_to_4bit(plain(), CONFIG))
+
+
+def test_looking_at_an_adapter_leaves_the_random_numbers_alone() -> None:
+    for first in ("convert", "peft"):
+        model = converted(LoraConfig(target_modules=["0"], lora_dropout=0.5), first)
+        state = torch.get_rng_state()
+        convert_to_4bit(model, CONFIG)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_our_wrappers_converting_again_looks_at_what_came_after_it() -> None:
+    unregister()
+    try:
+        model = converted(config_of("HRAConfig", {}), "convert")
+    finally:
+        register()
+    with pytest.raises(ValueError, match="never calls the 4-bit layer"):
+        convert_to_4bit(model, CONFIG)
+
+
+@pytest.mark.parametrize("first", ["convert", "peft"])
+def test_adapters_merged_refuses_other_kinds(first: str) -> None:
+    merged = FourBitConfig("int4", None, group_size=8, adapters="merged")
+    with pytest.raises(ValueError, match=r"'merged' knows LoRA.*got peft.tuners.vera.layer.Linear in .*0; use one of"):
+        converted(config_of("VeraConfig", {"r": 2}), first, merged)
+
+
+def test_the_layers_of_any_adapter_stay_in_high_precision() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(32, 32)), config_of("LilyConfig", {}))
+    convert_to_4bit(model, CONFIG)
+    four_bit = [name for name, module in model.named_modules() if isinstance(module, FourBitLinear)]
+    assert four_bit == ["base_model.model.0.base_layer"]
