@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import peft
@@ -11,15 +12,51 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_stablespam import register, unregister
-from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit
+from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, restore_linear
+from tests.quant.export.gguf.models import tiny
 
 CONFIG = FourBitConfig("int4", None, group_size=8)
-NEVER_CALLS = {
+GO_PAST = {
     "hra": ("HRAConfig", {}),
     "shira": ("ShiraConfig", {"r": 2}),
     "frod": ("FrodConfig", {}),
     "supertuning": ("SupertuningConfig", {}),
     "miss_bat": ("MissConfig", {"r": 8, "init_weights": "bat"}),
+    "glora": ("GloraConfig", {"r": 2}),  # calls the layer, and subtracts what it gives
+}
+# What the layer under it gives, changed or with something added, is what these give.
+COMPUTE_WITH_IT = {
+    "lora": ("LoraConfig", {}),
+    "rslora": ("LoraConfig", {"use_rslora": True}),
+    "lora_bias": ("LoraConfig", {"lora_bias": True}),
+    "gaussian": ("LoraConfig", {"init_lora_weights": "gaussian"}),
+    "pissa": ("LoraConfig", {"init_lora_weights": "pissa"}),
+    "olora": ("LoraConfig", {"init_lora_weights": "olora"}),
+    "orthogonal": ("LoraConfig", {"init_lora_weights": "orthogonal"}),
+    "mica": ("LoraConfig", {"init_lora_weights": "mica"}),
+    "adalora": ("AdaLoraConfig", {"total_step": 10, "init_r": 4, "target_r": 2}),
+    "loha": ("LoHaConfig", {}),
+    "lokr": ("LoKrConfig", {}),
+    "ia3": ("IA3Config", {"feedforward_modules": []}),
+    "ia3_feedforward": ("IA3Config", {"feedforward_modules": ["0"]}),
+    "oft": ("OFTConfig", {"oft_block_size": 8}),
+    "boft": ("BOFTConfig", {"boft_block_size": 8}),
+    "vera": ("VeraConfig", {"r": 4}),
+    "fourierft": ("FourierFTConfig", {"n_frequency": 20}),
+    "waveft": ("WaveFTConfig", {"n_frequency": 32}),
+    "c3a": ("C3AConfig", {"block_size": 16}),
+    "miss": ("MissConfig", {"r": 8}),
+    "road": ("RoadConfig", {"group_size": 32}),
+    "randlora": ("RandLoraConfig", {"r": 4}),
+    "delora": ("DeloraConfig", {}),
+    "gralora": ("GraloraConfig", {"r": 8, "gralora_k": 2}),
+    "vblora": ("VBLoRAConfig", {"r": 4, "num_vectors": 16, "vector_length": 32}),
+    "tinylora": ("TinyLoraConfig", {"r": 4, "u": 4}),
+    "unilora": ("UniLoraConfig", {"r": 4}),
+    "adamss": ("AdamssConfig", {"r": 8, "num_subspaces": 2}),
+    "deft": ("DeftConfig", {"r": 4}),
+    "psoft": ("PsoftConfig", {"r": 8}),
+    "osf": ("OSFConfig", {}),
 }
 
 
@@ -43,14 +80,67 @@ def converted(config: Any, first: str, four_bit: FourBitConfig = CONFIG, trainin
 
 
 @pytest.mark.parametrize("first", ["convert", "peft"])
-@pytest.mark.parametrize("name", NEVER_CALLS)
-def test_an_adapter_that_never_calls_its_layer_is_refused_by_name(name: str, first: str) -> None:
+@pytest.mark.parametrize("name", GO_PAST)
+def test_an_adapter_that_goes_past_its_layer_is_refused_by_name(name: str, first: str) -> None:
     """Of PEFT's: these multiply by a changed copy of the weight."""
-    config = config_of(*NEVER_CALLS[name])
-    with pytest.raises(ValueError, match=r"0 is an adapter \(peft.* that never calls the 4-bit"):
+    config = config_of(*GO_PAST[name])
+    if name == "glora" and first == "convert":
+        with pytest.raises(ValueError, match=r"FourBitLinear.* is not a plain torch\.nn\.Linear"):
+            converted(config, first)
+        return
+    with pytest.raises(ValueError, match=r"0 is an adapter \(peft.* that makes no use of the 4-bit"):
         converted(config, first)
     kept = FourBitConfig("int4", None, group_size=8, modules_to_not_convert=("0", "0.base_layer"))
-    converted(config_of(*NEVER_CALLS[name]), first, kept)
+    converted(config_of(*GO_PAST[name]), first, kept)
+
+
+@pytest.mark.parametrize("name", COMPUTE_WITH_IT)
+def test_an_adapter_computes_with_the_rounded_weight_and_merges_into_the_other(name: str) -> None:
+    model, x = converted(config_of(*COMPUTE_WITH_IT[name]), "convert"), torch.randn(3, 5, 32)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    plainly = restore_linear(copy.deepcopy(model))
+    rounded = copy.deepcopy(model)
+    for layer in rounded.modules():
+        if isinstance(layer, FourBitLinear):
+            layer.weight.data = layer.quantized_weight()
+    rounded = restore_linear(rounded)
+    for training in (True, False):
+        given = model.train(training)(x)
+        torch.testing.assert_close(given, rounded.train(training)(x))
+    given.sum().backward()
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    with torch.no_grad():
+        merged = restore_linear(model.merge_and_unload())(x)
+        torch.testing.assert_close(merged, plainly.eval()(x), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(merged, rounded(x), rtol=1e-3, atol=1e-3)
+
+
+def test_target_parameters_are_added_before_the_rounding() -> None:
+    options = {"target_modules": [], "target_parameters": ["0.weight"], "r": 4}
+    model, x = get_peft_model(convert_to_4bit(plain(), CONFIG), LoraConfig(**options)), torch.randn(3, 32)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    with torch.no_grad():
+        trained = model(x)
+        assert torch.equal(model.merge_and_unload()(x), trained)
+
+
+@pytest.mark.parametrize("kind", ["PromptEncoderConfig", "PrefixTuningConfig", "ShadowConfig"])
+def test_what_is_trained_beside_the_model_stays_in_high_precision(kind: str) -> None:
+    if not hasattr(peft, kind):
+        pytest.skip(f"this PEFT has no {kind}")
+    options: dict[str, Any] = {} if kind == "ShadowConfig" else {"num_virtual_tokens": 2, "encoder_hidden_size": 16}
+    options |= {"prefix_projection": True} if kind == "PrefixTuningConfig" else {}
+    model = get_peft_model(tiny(), getattr(peft, kind)(task_type="CAUSAL_LM", **options))
+    convert_to_4bit(model, FourBitConfig("int4", None, group_size=32))
+    four_bit = [module for module in model.modules() if isinstance(module, FourBitLinear)]
+    assert len(four_bit) == 14
+    assert not any(parameter.requires_grad for module in four_bit for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("first", ["convert", "peft"])
@@ -87,7 +177,7 @@ def test_an_adapter_that_is_added_later_is_looked_at_before_it_is_active() -> No
 
 
 def test_an_adapter_that_transformers_or_nobody_wraps_is_looked_at() -> None:
-    with pytest.raises(ValueError, match="never calls the 4-bit layer"):
+    with pytest.raises(ValueError, match="makes no use of the 4-bit layer"):
         peft.inject_adapter_in_model(config_of("HRAConfig", {}), convert_to_4bit(plain(), CONFIG))
 
 
@@ -105,7 +195,7 @@ def test_without_our_wrappers_converting_again_looks_at_what_came_after_it() -> 
         model = converted(config_of("HRAConfig", {}), "convert")
     finally:
         register()
-    with pytest.raises(ValueError, match="never calls the 4-bit layer"):
+    with pytest.raises(ValueError, match="makes no use of the 4-bit layer"):
         convert_to_4bit(model, CONFIG)
 
 
