@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_stablespam.quant.layers.linear import FourBitLinear
+from hf_stablespam.quant.layers.linear import FourBitLinear, check_partners
 
 SUPPORTED = "LoRA (lora.Linear), rank-stabilised LoRA and DoRA"
 
@@ -65,11 +65,12 @@ def check_adapters(model: nn.Module, trained: Collection[str] | None = None) -> 
             gradient or are in training.
 
     Raises:
-        ValueError: a kind of adapter that does not, with the name of its first layer.
+        ValueError: a kind of adapter that does not, with the name of its first layer; or see `check_partners`.
     """
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     if tuners is None:
         return
+    check_partners(model)
     tried: set[type] = set()
     for name, module in model.named_modules():
         if not isinstance(module, tuners.BaseTunerLayer):

@@ -211,3 +211,14 @@ def test_the_layers_of_any_adapter_stay_in_high_precision() -> None:
     convert_to_4bit(model, CONFIG)
     four_bit = [name for name, module in model.named_modules() if isinstance(module, FourBitLinear)]
     assert four_bit == ["base_model.model.0.base_layer"]
+
+
+@pytest.mark.parametrize("config", [FourBitConfig.nvfp4(), CONFIG], ids=["nvfp4", "int4"])
+def test_a_copy_of_one_of_the_layers_that_share_a_scale_is_refused(config: FourBitConfig) -> None:
+    model = convert_to_4bit(tiny("LlamaForCausalLM"), config)
+    lora = LoraConfig(target_modules=["gate_proj"], modules_to_save=["q_proj"])
+    if config == CONFIG:
+        assert isinstance(get_peft_model(model, lora), peft.PeftModel)  # its scales are its own
+        return
+    with pytest.raises(ValueError, match=r"q_proj.modules_to_save.default is a copy of a 4-bit layer that shares"):
+        get_peft_model(model, lora)
