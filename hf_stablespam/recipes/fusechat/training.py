@@ -17,9 +17,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
+from hf_stablespam._sharded import is_sharded
 from hf_stablespam._shared_errors import all_processes, shared_errors
 from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit
 from hf_stablespam.quant.export.checks import check_packable
+from hf_stablespam.quant.export.state import whole_state_dict
 from hf_stablespam.recipes.fusechat.report import TABLES_FILE, fusion_report, report_tables, write_report_tables
 from hf_stablespam.recipes.fusechat.settings import NEEDED
 from hf_stablespam.recipes.fusechat.stage_run import FINISHED, StageRun, begin_stage, own_checkpoint, stage_settings
@@ -196,11 +198,14 @@ def _run(trainer: Any, run: str | None, resume: bool) -> None:
 
 
 def _save(model: Any, processing_class: Any, folder: Path) -> None:
-    """Write a model that is whole on every process, by one of them."""
-    with shared_errors(all_processes()):
-        is_main = PartialState().is_main_process
-        model.save_pretrained(folder, is_main_process=is_main)
-        if is_main:
+    """Write a model by one process; shards of FSDP2 are gathered by all."""
+    with shared_errors(all_processes()) as meet:
+        tensors = None
+        if any(is_sharded(parameter) for parameter in model.parameters()):
+            meet()
+            tensors = whole_state_dict(model, model.dtype)
+        if PartialState().is_main_process:
+            model.save_pretrained(folder, state_dict=tensors)
             processing_class.save_pretrained(folder)
 
 

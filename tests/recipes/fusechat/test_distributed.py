@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from hf_stablespam.recipes.fusechat import train_target
@@ -55,6 +56,16 @@ def sharded_in_4_bits(folder: Path) -> None:
         assert torch.allclose(packed(ids).logits, trained.bfloat16().float()(ids).logits, atol=0.1)
 
 
+def adapters_are_merged_and_saved_whole(folder: Path) -> None:
+    """Shards are gathered: what is saved under FSDP2 is what DDP saves."""
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    sharded, whole = (
+        fused(folder / f"lora-{fsdp}", fsdp=fsdp, peft_config=lora).state_dict() for fsdp in (True, False)
+    )
+    assert sharded.keys() == whole.keys()
+    assert all(torch.allclose(sharded[name], weight, atol=1e-6) for name, weight in whole.items())
+
+
 def a_folder_that_cannot_be_written(folder: Path) -> None:
     if dist.get_rank() == 0:
         (folder / "a file").write_text("no folder")
@@ -67,6 +78,7 @@ def a_folder_that_cannot_be_written(folder: Path) -> None:
 def work(folder: Path) -> None:
     a_folder_that_cannot_be_written(folder)
     sharded_in_4_bits(folder)
+    adapters_are_merged_and_saved_whole(folder)
     killed_and_gone_on(folder)
 
 
