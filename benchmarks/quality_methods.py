@@ -59,7 +59,7 @@ class MuonBesideAdamW(torch.optim.Optimizer):
     Muon's step is scaled to the size of AdamW's (Moonshot's rule), so that one learning rate serves both.
     """
 
-    def __init__(self, model: torch.nn.Module, lr: float, steps: int) -> None:
+    def __init__(self, model: torch.nn.Module, lr: float) -> None:
         kinds: dict[str, list[torch.nn.Parameter]] = {"matrix": [], "embedding": [], "rest": []}
         for name, param in model.named_parameters():
             inside = "layers" in name and param.dim() == 2
@@ -78,6 +78,10 @@ class MuonBesideAdamW(torch.optim.Optimizer):
         for part in self.parts:
             part.step()
         return loss
+
+
+def _muon(model: torch.nn.Module, learning_rate: float, steps: int) -> torch.optim.Optimizer:
+    return MuonBesideAdamW(model, learning_rate)
 
 
 TARGETS = r".*\.(self_attn|mlp)\..*_proj"
@@ -155,8 +159,8 @@ _BEST = METHODS[apart("stable_spam", "embedding", 10)]
 METHODS |= {
     "shorter_wsd": replace(_BEST, stable=True),
     "shorter_beta95": replace(_BEST, arguments=FASTER),
-    "shorter_muon": Method("sgd", own=MuonBesideAdamW),
-    "shorter_muon_stabilized": Method("sgd", own=MuonBesideAdamW, stabilized=True),
+    "shorter_muon": Method("sgd", own=_muon),
+    "shorter_muon_stabilized": Method("sgd", own=_muon, stabilized=True),
 }
 
 PRECISIONS: dict[str, FourBitConfig | None] = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+from functools import cache
+from pathlib import Path
 
 from benchmarks._record import RESULTS
 
@@ -20,8 +22,7 @@ FLOAT32, BFLOAT16 = "float32", "bfloat16"
 def newest(optimizer: str, parameters: str, dtype: str = FLOAT32, processes: str = "1") -> Row:
     """The last row on a CPU."""
     wanted = {"optimizer": optimizer, "parameters": parameters, "dtype": dtype, "device": "cpu"}
-    with (RESULTS / "optimizer_step.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if wanted.items() <= row.items()]
+    rows = [row for row in _rows(RESULTS / "optimizer_step.csv") if wanted.items() <= row.items()]
     return [row for row in rows if (row["processes"] or "1") == processes][-1]
 
 
@@ -55,6 +56,12 @@ def summary() -> str:
         f"AdamW, the Trainer's default; without numba {ratios[2]} and {ratios[3]} times (`optimizer_step.csv`): "
         "[docs/memory.md](docs/memory.md#what-a-step-costs-in-time)."
     )
+
+
+@cache
+def _rows(path: Path) -> tuple[Row, ...]:
+    with path.open(newline="") as file:
+        return tuple(csv.DictReader(file))
 
 
 def _ratios(row: Row) -> str:

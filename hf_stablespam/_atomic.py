@@ -56,23 +56,36 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                     old.unlink()
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise unless something can be written beside `path`, before there is anything to write.
+
+    Raises:
+        OSError: it cannot; `path` is what it was.
+    """
+    with _beside(Path(path)):
+        pass
+
+
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     """A temporary folder in the folder of `target`, so that renaming does not copy."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    folder.chmod(0o777 & ~_umask())  # mkdtemp's are for the user alone
+    folder = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        folder.chmod(0o777 & ~_umask())  # mkdtemp's are for the user alone
         yield folder
     except Exception as error:
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            free = shutil.disk_usage(target.parent).free
-            raise OSError(
+            free = shutil.disk_usage(next(one for one in target.absolute().parents if one.exists())).free
+            kind = type(error) if isinstance(error, OSError) else OSError
+            raise kind(
                 f"{target} could not be written, and is what it was: {error}; {free / 2**20:,.0f} MiB are free there"
             ) from error
         raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -1,10 +1,11 @@
 """The pages of the evidence show what the committed results show."""
 
+import csv
 import json
 
 import pytest
 
-from benchmarks import cost_on_paper, demo_record, evidence_page, evidence_smoke, outside_language, quality
+from benchmarks import cost_on_paper, demo_record, evidence_page, evidence_smoke, outside_language, quality, step_tables
 
 
 def test_every_table_of_the_pages_is_that_of_the_results():
@@ -61,3 +62,12 @@ def test_the_demo_goes_on_record_from_its_folder(tmp_path):
     ]
     assert rows[0]["optimizer"] == "AdamW + clipping"
     assert rows[0]["seconds"] == 7.2
+
+
+def test_the_tables_of_steps_read_their_file_once(monkeypatch):
+    reader, read = csv.DictReader, []
+    monkeypatch.setattr(csv, "DictReader", lambda file: read.append(file) or reader(file))
+    step_tables._rows.cache_clear()
+    assert step_tables.table().startswith("On ")
+    assert step_tables.summary().startswith("* On ")
+    assert len(read) == 1

@@ -128,53 +128,6 @@ def test_layers_that_were_trained_and_never_called_are_known() -> None:
     assert trained_uncalled(tied) == []
 
 
-def test_an_adapter_that_never_calls_its_layer_is_refused_by_name() -> None:
-    """Of PEFT's: these multiply by a changed copy of the weight."""
-    from peft import HRAConfig, IA3Config, LoraConfig, OFTConfig, ShiraConfig, VeraConfig, get_peft_model
-
-    def adapted(config: Any) -> nn.Module:
-        return get_peft_model(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), config)
-
-    for config in (HRAConfig(target_modules=["0"]), ShiraConfig(target_modules=["0"], r=2)):
-        with pytest.raises(ValueError, match=r"base_model.model.0 is an adapter \(peft.* that never calls the 4-bit"):
-            convert_to_4bit(adapted(config), CONFIG)
-        convert_to_4bit(adapted(config), FourBitConfig(group_size=8, modules_to_not_convert=("0.base_layer",)))
-    good = [LoraConfig(target_modules=["0"]), VeraConfig(target_modules=["0"], r=2), OFTConfig(target_modules=["0"])]
-    for config in (*good, IA3Config(target_modules=["0"], feedforward_modules=[])):
-        convert_to_4bit(adapted(config), CONFIG)
-
-
-def test_dora_with_dropout_is_refused_where_it_would_be_trained() -> None:
-    """PEFT then multiplies by (m - 1)·W besides, in training only."""
-    from peft import LoraConfig, get_peft_model
-
-    def adapted(**options: Any) -> Any:
-        return get_peft_model(nn.Sequential(nn.Linear(32, 32)), LoraConfig(target_modules=["0"], **options))
-
-    message = r"model.0: lora_dropout must be 0 for DoRA .* got 0.1 for 'default': .*; set lora_dropout=0, or use_dora"
-    for mode in (True, False):
-        with pytest.raises(ValueError, match=message):
-            convert_to_4bit(adapted(use_dora=True, lora_dropout=0.1).train(mode), CONFIG)
-    convert_to_4bit(adapted(use_dora=True), CONFIG)
-    convert_to_4bit(adapted(lora_dropout=0.1), CONFIG)
-    fixed = convert_to_4bit(adapted(use_dora=True, lora_dropout=0.1).requires_grad_(False).eval(), CONFIG)
-    layer = fixed.base_model.model[0]
-    layer.lora_magnitude_vector["default"].weight.data.mul_(3)
-    x = torch.randn(4, 32)
-    base = layer.get_base_layer()
-    torch.testing.assert_close(layer(x), 3 * (base(x) - base.bias) + base.bias)
-
-
-def test_the_layers_of_any_adapter_stay_in_high_precision() -> None:
-    peft = pytest.importorskip("peft")
-    if not hasattr(peft, "LilyConfig"):
-        pytest.skip("this PEFT has no adapter whose layers are linear and have a name of their own")
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(32, 32)), peft.LilyConfig(target_modules=["0"]))
-    convert_to_4bit(model, CONFIG)
-    four_bit = [name for name, module in model.named_modules() if isinstance(module, FourBitLinear)]
-    assert four_bit == ["base_model.model.0.base_layer"]
-
-
 def test_what_shares_its_weight_with_a_layer_that_is_left_alone_is_left_alone() -> None:
     model = Reader()
     model.called.weight = model.own.weight

@@ -74,13 +74,13 @@ def test_somebody_elses_wrapper_stays_and_ours_under_it_does_nothing():
 
 CODE = """
 import accelerate, inspect, pickle, sys, transformers
-import peft.tuners.lora.layer as lora
+from peft.tuners.tuners_utils import BaseTuner
 from transformers.training_args import OptimizerNames
 from transformers.trainer_callback import CallbackHandler
 
 def classes():
     owners = (transformers.Trainer, CallbackHandler, accelerate.Accelerator, transformers.TrainerCallback,
-              transformers.GenerationMixin, lora.Linear)
+              transformers.GenerationMixin, BaseTuner)
     return [{name: inspect.getattr_static(owner, name) for name in dir(owner)} for owner in owners]
 
 def names():

@@ -17,7 +17,7 @@ from hf_stablespam.quant.export.initialization import warn_of_float32_scales, wa
 from hf_stablespam.quant.export.packing import KERNEL_GROUPS, fitting_groups
 from hf_stablespam.quant.export.widths import CONFIG_KEY, text_config
 from hf_stablespam.quant.formats.number_formats import FORMATS, ScaleKind, get_format
-from hf_stablespam.quant.layers.linear import FourBitLinear
+from hf_stablespam.quant.layers.linear import FourBitLinear, check_partners
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ def check_packable(
     if not hasattr(model, "save_pretrained"):
         raise ValueError(f"model must be a transformers model with save_pretrained, got {type(model).__name__}")
     config: FourBitConfig = next(module.four_bit for part in (layers, experts) for module in part.values())
+    check_partners(model)
     _check_format(config, dtype)
     _check_ties(model, layers)
     group = config.group_of("weight")

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_stablespam._announce import announce
-from hf_stablespam._atomic import atomic_folder
+from hf_stablespam._atomic import atomic_folder, check_writable
 from hf_stablespam._sharded import full
+from hf_stablespam._shared_errors import groups_of, shared_errors
 from hf_stablespam.quant.export.calibration import check_reached, input_amax
 from hf_stablespam.quant.export.checks import (
     check_activations,
@@ -83,14 +84,19 @@ def export_4bit(
         ImportError: compressed-tensors is not installed.
         ValueError: the model is not converted, a weight is not finite, calibration does not reach a layer, or
             something has no packed form; the message says what to change.
-        OSError: the disk is full, for example; `directory` is then what it was.
+        OSError: it cannot be written there, or the disk is full; `directory` is then what it was.
+        What one process raises, all raise that share a sharded model.
 
     Example:
         >>> export_4bit(model, "llama-4bit", tokenizer)  # doctest: +SKIP
         >>> AutoModelForCausalLM.from_pretrained("llama-4bit", dtype="auto")  # doctest: +SKIP
     """
-    config = check_packable(model, dtype, leave_unpackable)
-    check_activations(config, activations, calibration)
+    groups = groups_of(model.parameters())
+    with shared_errors(groups):
+        config = check_packable(model, dtype, leave_unpackable)
+        check_activations(config, activations, calibration)
+        if is_main_process:
+            check_writable(directory)
     layers = four_bit_layers(model)
     quantizer = config.quantizer("weight")
     assert quantizer is not None  # check_packable refuses weight=None
@@ -121,7 +127,9 @@ def export_4bit(
         pack_native(model, tensors, quantizer, scheme)
     else:
         masters = expert_weights(model)
-    if is_main_process:
+    with shared_errors(groups):
+        if not is_main_process:
+            return
         quantization = QUANTIZATION_CONFIG if native else _quantization_config(model, scheme, unpacked, apart)
         rounded = rounded_experts(model, masters, dtype)
         tensors.update(rounded if rounds_experts else masters)

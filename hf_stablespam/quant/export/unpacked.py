@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_stablespam._atomic import atomic_folder
+from hf_stablespam._atomic import atomic_folder, check_writable
 from hf_stablespam._sharded import full
+from hf_stablespam._shared_errors import groups_of, shared_errors
 from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.export.checks import check_finite, four_bit_layers
 from hf_stablespam.quant.export.experts import four_bit_experts
@@ -60,7 +62,29 @@ def export_unpacked(
     Raises:
         ValueError: the model is not converted, an adapter is not merged, weights are transformed (``hadamard="all"``),
             or a weight is not finite.
+        OSError: it cannot be written there, or the disk is full; `directory` is then what it was.
+        What one process raises, all raise that share a sharded model.
     """
+    groups = groups_of(model.parameters())
+    with shared_errors(groups):
+        config = _check(model)
+        if is_main_process:
+            check_writable(directory)
+    tensors = whole_state_dict(model, torch.float32)
+    layers = four_bit_layers(model)
+    tensors.update({f"{name}.weight" if name else "weight": grid_weight(layer) for name, layer in layers.items()})
+    if config.weight is not None:
+        for key, block in four_bit_experts(model).items():
+            tensors.update({f"{key}.{name}": grid_experts(block, name) for name in weight_names(block)})
+    check_finite(tensors)
+    with shared_errors(groups):
+        if is_main_process:
+            with atomic_folder(directory) as folder:
+                _save(model, folder, tensors, processing_class)
+
+
+def _check(model: nn.Module) -> FourBitConfig:
+    """Raise about what has no such form; return the configuration of the model's layers."""
     layers, experts = four_bit_layers(model), four_bit_experts(model)
     if hasattr(model, "peft_config"):
         raise ValueError("a PEFT model holds two weights where one is exported; merge it first: merge_and_unload()")
@@ -72,21 +96,17 @@ def export_unpacked(
             "hadamard='all': the 4-bit numbers are those of transformed weights, which no other code multiplies by"
             " transformed inputs; train with hadamard='weight_grad' or None"
         )
-    tensors = whole_state_dict(model, torch.float32)
-    tensors.update({f"{name}.weight" if name else "weight": grid_weight(layer) for name, layer in layers.items()})
-    if config.weight is not None:
-        for key, block in experts.items():
-            tensors.update({f"{key}.{name}": grid_experts(block, name) for name in weight_names(block)})
-    check_finite(tensors)
-    if not is_main_process:
-        return
-    with atomic_folder(directory) as folder:
-        model.save_pretrained(folder, state_dict=tensors)  # type: ignore[operator]
-        path = folder / "config.json"
-        written = json.loads(path.read_text())
-        written["torch_dtype" if "torch_dtype" in written else "dtype"] = "float32"
-        written.pop("quantization_config", None)  # what is read there is not converted again
-        path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
-        write_widths(model.config, folder)
-        if processing_class is not None:
-            processing_class.save_pretrained(folder)
+    return config
+
+
+def _save(model: Any, folder: Path, tensors: dict[str, Tensor], processing_class: Any) -> None:
+    """Let the model save itself with other tensors, and correct what its config says about them."""
+    model.save_pretrained(folder, state_dict=tensors)
+    path = folder / "config.json"
+    written = json.loads(path.read_text())
+    written["torch_dtype" if "torch_dtype" in written else "dtype"] = "float32"
+    written.pop("quantization_config", None)  # what is read there is not converted again
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+    write_widths(model.config, folder)
+    if processing_class is not None:
+        processing_class.save_pretrained(folder)

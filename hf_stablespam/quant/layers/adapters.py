@@ -6,12 +6,13 @@ PEFT is not imported here: where it has not been, there is no adapter.
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_stablespam.quant.layers.linear import FourBitLinear
+from hf_stablespam.quant.layers.linear import FourBitLinear, check_partners
 
 SUPPORTED = "LoRA (lora.Linear), rank-stabilised LoRA and DoRA"
 
@@ -31,31 +32,45 @@ def adopt_adapters(model: nn.Module) -> None:
 
 
 def adapter_parts(model: nn.Module) -> set[str]:
-    """Names of the modules of PEFT's adapters in `model`, without the layers that they adapt."""
+    """Names of the modules of PEFT's adapters in `model`, without the layers and the model that they adapt."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     parts: set[str] = set()
     if tuners is None:
         return parts
     for name, module in model.named_modules():
         if isinstance(module, tuners.BaseTunerLayer):
-            below = (inner for inner, _ in module.named_modules() if inner and inner.split(".")[0] != "base_layer")
+            own = [child for child, _ in module.named_children() if child != "base_layer"]
+        elif isinstance(module, tuners.BaseTuner):  # Shadow has a network beside the model, X-LoRA a classifier
+            own = [child for child, _ in module.named_children() if child not in ("model", "lora_model")]
+        elif hasattr(module, "peft_config") and hasattr(module, "prompt_encoder"):
+            own = ["prompt_encoder"]
+        else:
+            continue
+        for child in own:
+            below = (inner for inner, _ in module.get_submodule(child).named_modules(prefix=child))
             parts |= {f"{name}.{inner}" if name else inner for inner in below}
     return parts
 
 
-def check_adapters(model: nn.Module) -> None:
+def check_adapters(model: nn.Module, trained: Collection[str] | None = None) -> None:
     """Raise unless every adapter of `model` over a 4-bit layer computes with what that layer gives.
 
-    BOFT and some others multiply by a changed copy of the weight instead: nothing of it would be in 4 bits. One layer
-    of each kind is tried on a row of zeros, with nothing in the place of the 4-bit product. DoRA with dropout scales
-    the product by (m - 1) anew, with the weight itself.
+    HRA, SHiRA and some others multiply by a changed copy of the weight instead: nothing of it would be in 4 bits. One
+    layer of each kind is tried on a row of zeros, with zeros and with ones in the place of the 4-bit product. DoRA
+    with dropout scales the product by (m - 1) anew, with the weight itself.
+
+    Args:
+        model: any module.
+        trained: names of the adapters that are going to be trained; default: those that are active and either have a
+            gradient or are in training.
 
     Raises:
-        ValueError: a kind of adapter that does not, with the name of its first layer.
+        ValueError: a kind of adapter that does not, with the name of its first layer; or see `check_partners`.
     """
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     if tuners is None:
         return
+    check_partners(model)
     tried: set[type] = set()
     for name, module in model.named_modules():
         if not isinstance(module, tuners.BaseTunerLayer):
@@ -63,23 +78,24 @@ def check_adapters(model: nn.Module) -> None:
         base: Any = module.get_base_layer()
         if not isinstance(base, FourBitLinear) or base.adapter:
             continue
-        _check_dora(module, name)
+        _check_dora(module, name, trained)
         if type(module) not in tried:
             tried.add(type(module))
-            if not _calls(module, base):
+            if not _uses(module, base):
                 kind = f"{type(module).__module__}.{type(module).__name__}"
                 raise ValueError(
-                    f"{name} is an adapter ({kind}) that never calls the 4-bit layer under it but computes with its"
-                    " weight, or a copy, itself: nothing of that would be in 4 bits; use an adapter that adds to the"
-                    " layer's output, such as LoRA, or name the layer in modules_to_not_convert"
+                    f"{name} is an adapter ({kind}) that makes no use of the 4-bit layer under it but computes with"
+                    " its weight, or a copy, itself: nothing of that would be in 4 bits; use an adapter that adds to"
+                    " the layer's output, such as LoRA, or name the layer in modules_to_not_convert"
                 )
 
 
-def _check_dora(adapter: Any, name: str) -> None:
-    """Raise if an active DoRA that is trained, or whose layer is in training, drops numbers of its input."""
+def _check_dora(adapter: Any, name: str, trained: Collection[str] | None) -> None:
+    """Raise if a DoRA that is trained, or whose layer is in training, drops numbers of its input."""
     for which, magnitude in (getattr(adapter, "lora_magnitude_vector", None) or {}).items():
         dropout = adapter.lora_dropout[which]
-        used = which in adapter.active_adapters and (adapter.training or magnitude.weight.requires_grad)
+        active = which in adapter.active_adapters and (adapter.training or magnitude.weight.requires_grad)
+        used = active if trained is None else which in trained
         if used and not isinstance(dropout, nn.Identity):
             raise ValueError(
                 f"{name}: lora_dropout must be 0 for DoRA over a 4-bit layer, got {getattr(dropout, 'p', dropout)} for"
@@ -88,28 +104,30 @@ def _check_dora(adapter: Any, name: str) -> None:
             )
 
 
-def _calls(adapter: Any, base: FourBitLinear) -> bool:
-    """Whether the forward pass of an adapter calls the layer under it; True where it cannot be tried."""
-    called = False
-
-    def stand_in(x: torch.Tensor) -> torch.Tensor:
-        nonlocal called
-        called = True
-        return x.new_zeros(*x.shape[:-1], base.out_features)
-
-    row = torch.zeros(1, base.in_features, dtype=base.weight.dtype, device=base.weight.device)
-    own = base.__dict__
-    before = {"forward": own["forward"]} if "forward" in own else {}  # where hooks of accelerate stand
-    own["forward"] = stand_in
+def _uses(adapter: Any, base: FourBitLinear) -> bool:
+    """Whether what an adapter gives depends on what the layer under it gives; True where it cannot be tried."""
     try:
-        with torch.no_grad():
-            adapter(row)
+        low, high = (_given(adapter, base, value) for value in (0.0, 1.0))
+        return bool((high - low).abs().max() > 1 / 16)  # GLoRA subtracts it again, which rounding may show
     except Exception:  # an adapter with arguments of its own, or on the meta device
         return True
+
+
+def _given(adapter: Any, base: FourBitLinear, value: float) -> torch.Tensor:
+    """What an adapter makes of a row of zeros where the layer under it gives `value`."""
+    device = base.weight.device
+    row = torch.zeros(1, 1, base.in_features, dtype=base.weight.dtype, device=device)
+    own = base.__dict__
+    before = {"forward": own["forward"]} if "forward" in own else {}  # where hooks of accelerate stand
+    own["forward"] = lambda x, *args, **kwargs: x.new_full((*x.shape[:-1], base.out_features), value)
+    kind = device.type if device.type in ("cuda", "xpu") else ""
+    try:  # dropout draws numbers, on which those of the run must not depend
+        with torch.no_grad(), torch.random.fork_rng([device] if kind else [], device_type=kind or "cuda"):
+            given: torch.Tensor = adapter(row)
+            return given
     finally:
         del own["forward"]
         own.update(before)
-    return called
 
 
 def adopt_adapter(layer: Any, name: str = "") -> None:

@@ -223,6 +223,25 @@ def trained_uncalled(model: nn.Module) -> list[str]:
     return [name for name, layer in layers.items() if layer.weight.grad is not None and id(layer.weight) not in called]
 
 
+def check_partners(model: nn.Module) -> None:
+    """Raise if a layer of `model` shares its scale with layers of another model.
+
+    A copy of a single layer, as PEFT makes it for ``modules_to_save``, comes with copies of its siblings, which nobody
+    trains: its weight would be rounded by what they were.
+
+    Raises:
+        ValueError: the name of the first such layer.
+    """
+    present = {id(module) for module in model.modules()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, FourBitLinear) and any(id(other) not in present for other in layer.scale_partners):
+            raise ValueError(
+                f"{name} is a copy of a 4-bit layer that shares one NVFP4 scale with its siblings, without these; take"
+                " it out of modules_to_save (LoRA's target_modules can train it), or name it and them in"
+                " modules_to_not_convert"
+            )
+
+
 def check_weight(weight: Tensor, name: str = "weight") -> None:
     """Raise unless `weight` is a floating-point matrix."""
     if not weight.is_floating_point():

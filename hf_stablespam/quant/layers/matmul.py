@@ -65,6 +65,16 @@ def quantize_weight(weight: Tensor, recipe: Recipe, dtype: torch.dtype, amax: Te
     return on_grid(weight, recipe.weight, amax).to(dtype)
 
 
+def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x · Wᵀ + b``, as what an autograd Function may return to callers that write into it.
+
+    With a bias PyTorch returns a view of a matrix, into which nothing may be written outside of the Function; several
+    adapters of PEFT add their own product in place.
+    """
+    y = F.linear(x, weight, bias)
+    return y if bias is None else torch.ops.aten._unsafe_view(y, y.shape)  # the same memory, and no view
+
+
 class FourBitMatmul(torch.autograd.Function):
     """``y = Q_a(x) · Q_w(W)ᵀ + b`` with the gradients of the table above.
 
@@ -95,7 +105,7 @@ class FourBitMatmul(torch.autograd.Function):
         needs_master = not ctx.kept_weight or _turns_input_grad(recipe)
         ctx.save_for_backward(saved_x, weight if needs_master else None, weight_q if ctx.kept_weight else None, amax)
         ctx.weight_dtype = weight.dtype
-        return F.linear(x_q, weight_q, bias)
+        return linear_product(x_q, weight_q, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -17,13 +17,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners import lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
 from hf_stablespam._sharded import is_sharded
-from hf_stablespam.quant.layers.matmul import FourBitMatmul, Recipe, on_grid, quantize_weight
+from hf_stablespam.quant.layers.matmul import FourBitMatmul, Recipe, linear_product, on_grid, quantize_weight
 
 
 class MergedLoraLinear(lora.Linear):
@@ -196,7 +195,7 @@ class _LowRankMatmul(torch.autograd.Function):
         x_q = on_grid(x, recipe.activation)
         ctx.recipe, ctx.scalings = recipe, scalings
         ctx.save_for_backward(x_q, weight_q, *factors)
-        return F.linear(x_q, weight_q, bias)
+        return linear_product(x_q, weight_q, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from hf_stablespam._atomic import atomic_file
+from hf_stablespam._shared_errors import all_processes, shared_errors
 from hf_stablespam.quant import FourBitConfig
 from hf_stablespam.trainer import last_complete_checkpoint
 
@@ -81,12 +82,12 @@ def begin_stage(folder: Path, settings: Mapping[str, Any], resume: bool) -> str 
         return old["run"]
     if resume and ((folder / FINISHED).exists() or last_complete_checkpoint(folder)):
         return None
-    if PartialState().is_main_process:
-        (folder / FINISHED).unlink(missing_ok=True)
-        with atomic_file(file) as path:
-            content = {"run": uuid.uuid4().hex, "settings": settings}
-            path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-    PartialState().wait_for_everyone()
+    with shared_errors(all_processes()):
+        if PartialState().is_main_process:
+            (folder / FINISHED).unlink(missing_ok=True)
+            with atomic_file(file) as path:
+                content = {"run": uuid.uuid4().hex, "settings": settings}
+                path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
     return json.loads(file.read_text(encoding="utf-8"))["run"]
 
 

@@ -14,11 +14,14 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
+from hf_stablespam._sharded import is_sharded
+from hf_stablespam._shared_errors import all_processes, shared_errors
 from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit
 from hf_stablespam.quant.export.checks import check_packable
+from hf_stablespam.quant.export.state import whole_state_dict
 from hf_stablespam.recipes.fusechat.report import TABLES_FILE, fusion_report, report_tables, write_report_tables
 from hf_stablespam.recipes.fusechat.settings import NEEDED
 from hf_stablespam.recipes.fusechat.stage_run import FINISHED, StageRun, begin_stage, own_checkpoint, stage_settings
@@ -136,7 +139,8 @@ def train_target(
     trained = _loaded(last, model, four_bit)
     if export:
         packed, is_main = last / "4bit" if export is True else Path(export), PartialState().is_main_process
-        export_4bit(trained, packed, processing_class, leave_unpackable=leave_unpackable, is_main_process=is_main)
+        with shared_errors(all_processes()):
+            export_4bit(trained, packed, processing_class, leave_unpackable=leave_unpackable, is_main_process=is_main)
     return trained
 
 
@@ -159,34 +163,50 @@ def check_reference(trainer: Any) -> None:
         )
 
 
+class _ChecksReference(TrainerCallback):
+    """`check_reference` before the first step of a run: only then FSDP2 has wrapped the policy."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        if state.global_step == 0:
+            check_reference(self.trainer)
+
+
 def _write_tables(report: Mapping[str, Any], folder: Path) -> None:
     """For the HTML report, by one process."""
-    if PartialState().is_main_process:
-        write_report_tables(report, folder)
+    with shared_errors(all_processes()):
+        if PartialState().is_main_process:
+            write_report_tables(report, folder)
 
 
 def _run(trainer: Any, run: str | None, resume: bool) -> None:
     """Train and save the model, an adapter merged into it; the state comes last."""
     if hasattr(trainer, "ref_model"):
-        check_reference(trainer)
+        trainer.add_callback(_ChecksReference(trainer))
     folder = trainer.args.output_dir
     trainer.train(resume_from_checkpoint=own_checkpoint(folder, run) if resume else None)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "peft_config"):
-        _save(model.merge_and_unload(), trainer.processing_class, Path(folder))
-    else:
-        trainer.save_model()
-    trainer.save_state()
-    PartialState().wait_for_everyone()
+    with shared_errors(all_processes()):
+        if hasattr(model, "peft_config"):
+            _save(model.merge_and_unload(), trainer.processing_class, Path(folder))
+        else:
+            trainer.save_model()
+    with shared_errors(all_processes()):  # a barrier too: what follows reads the folder
+        trainer.save_state()
 
 
 def _save(model: Any, processing_class: Any, folder: Path) -> None:
-    """Write a model that is whole on every process, by one of them."""
-    is_main = PartialState().is_main_process
-    model.save_pretrained(folder, is_main_process=is_main)
-    if is_main:
-        processing_class.save_pretrained(folder)
-    PartialState().wait_for_everyone()
+    """Write a model by one process; shards of FSDP2 are gathered by all."""
+    with shared_errors(all_processes()) as meet:
+        tensors = None
+        if any(is_sharded(parameter) for parameter in model.parameters()):
+            meet()
+            tensors = whole_state_dict(model, model.dtype)
+        if PartialState().is_main_process:
+            model.save_pretrained(folder, state_dict=tensors)
+            processing_class.save_pretrained(folder)
 
 
 def _loaded(folder: Path, like: Any, four_bit: FourBitConfig | None) -> Any:

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_stablespam._shared_errors import all_processes, shared_errors
 from hf_stablespam.recipes.lae.adapters import (
     OFFLINE,
     ONLINE,
@@ -20,6 +21,7 @@ from hf_stablespam.recipes.lae.adapters import (
 )
 from hf_stablespam.recipes.lae.average import update_average
 from hf_stablespam.recipes.lae.model import LAEModel
+from hf_stablespam.trainer.callbacks.helpers.kept_state import KeepsState
 from hf_stablespam.trainer.registration.flat_shards import fsdp_version, zero_stage
 
 logger = logging.getLogger(__name__)
@@ -27,7 +29,7 @@ logger = logging.getLogger(__name__)
 STALE_SHARE = 0.99  # of the offline expert that would still be the old one after a task: then it learns nothing
 
 
-class LAECallback(TrainerCallback):
+class LAECallback(KeepsState, TrainerCallback):
     r"""Runs one task of LAE (arXiv 2303.10070): freezes, averages, and keeps what a resumed run needs.
 
     Make one `Trainer` for each task, after `classifier.add_task`; so each task has a new optimizer and schedule. The
@@ -38,7 +40,7 @@ class LAECallback(TrainerCallback):
 
     in float32 at least, once per update however many micro-batches it had. Before the second task the offline expert
     becomes a copy of the online one. A step after which the online expert is not finite leaves the average as it is; at
-    the end a warning says how many there were.
+    the end a warning says how many there were, those before a resume among them.
 
     Checkpoints of the Trainer hold heads and both experts; ``lae_heads.safetensors``, ``lae.json`` and PEFT's files
     beside them make each a folder for `LAEModel.from_pretrained`. A frozen expert has no gradient; under DDP, which
@@ -55,7 +57,8 @@ class LAECallback(TrainerCallback):
     Raises:
         ValueError: an option out of its range. When the Trainer is made or training begins: a model that is not an
             `LAEModel`, a task without a head or trained already, missing or unequal adapters, no epoch left to train
-            in, sharded parameters, or a Trainer that was made before the previous task was trained.
+            in, sharded parameters, a Trainer that was made before the previous task was trained, or from the second
+            task on a checkpoint of a run without this callback.
 
     Example:
         >>> callback = LAECallback(task=1, ema_decay=0.99, num_freeze_epochs=3)
@@ -89,9 +92,16 @@ class LAECallback(TrainerCallback):
         self._frozen = False
         self._skipped: torch.Tensor | int = 0
 
+    def arguments(self) -> dict[str, Any]:
+        names = ("task", "ema_decay", "num_freeze_epochs", "online", "offline")
+        return {name: getattr(self, name) for name in names}
+
+    def knowledge(self) -> dict[str, Any]:
+        return {"_skipped": self.skipped_updates}
+
     @property
     def skipped_updates(self) -> int:
-        """After how many steps the online expert was not finite."""
+        """After how many steps of the run, over its resumes, the online expert was not finite."""
         return int(self._skipped)
 
     def is_frozen(self, epoch: int) -> bool:
@@ -128,12 +138,19 @@ class LAECallback(TrainerCallback):
         self._choose_trainable(model)
         if optimizer is not None:
             _check_optimizer(model, optimizer)
-        self._skipped = 0
+        saved = self.restored(state)
+        self._skipped = saved.get("_skipped", 0)
         self._frozen = False
         model.task = self.task
         model.stop_features_gradient = False
         if self.task == 0:
             return
+        if state.global_step and not saved:
+            raise ValueError(
+                f"a checkpoint must be of a run with LAECallback(task={self.task}), got one of step {state.global_step}"
+                f" whose run had none: its steps are not in the average {self.offline!r}; resume from another, or train"
+                " the task from its beginning"
+            )
         if self.num_freeze_epochs >= state.num_train_epochs:
             raise ValueError(
                 f"num_freeze_epochs must be below the {state.num_train_epochs} epochs of this run, got "
@@ -180,8 +197,9 @@ class LAECallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
     ) -> None:
         folder = Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        if state.is_world_process_zero and folder.is_dir():
-            model.save_pretrained(folder)
+        with shared_errors(all_processes()):
+            if state.is_world_process_zero and folder.is_dir():
+                model.save_pretrained(folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hf_stablespam._evaluating import evaluating
+from hf_stablespam.quant import fixed_weights
 from hf_stablespam.recipes.llasa.generation import Continuations
 from hf_stablespam.recipes.llasa.selection import (
     Candidate,
@@ -69,7 +70,7 @@ def best_of_n(
     """
     at_least_one(n=n)
     continuations = Continuations(model, inputs, vocabulary, generate_kwargs, min_codes=min_codes)
-    with evaluating(model):
+    with evaluating(model), fixed_weights(model):  # 4-bit layers round their weights once
         candidates = continuations.extend([_START], n, continuations.max_new_tokens)
     return _result(scored(candidates, verifier))
 
@@ -135,7 +136,7 @@ def process_beam_search(
         if until > most:
             raise ValueError(f"until must be at most {most}, the codes that may be written, got {until}")
     sizes = {"beam_width": beam_width, "expansions": expansions, "chunk_size": chunk_size}
-    with evaluating(model):
+    with evaluating(model), fixed_weights(model):  # 4-bit layers round their weights once
         live, complete, steps = beam_search(continuations.extend, verifier, _START, num_codes=until or most, **sizes)
         if until is not None and until < most and live:
             live = continuations.extend(live, beam_width * expansions // len(live), most - until)

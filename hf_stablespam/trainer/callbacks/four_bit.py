@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import GenerationMixin, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_stablespam._shared_errors import all_processes, shared_errors
 from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit, export_gguf, fixed_weights
 from hf_stablespam.quant.convert import configuration_of
 from hf_stablespam.quant.export.checks import check_packable
@@ -100,18 +101,16 @@ class FourBitCallback(TrainerCallback):
     ) -> None:
         if not self.export:
             return
+        with shared_errors(all_processes()):  # DDP's too, of which only one writes
+            self._export(model, args, processing_class, state.is_world_process_zero)
+
+    def _export(self, model: Any, args: TrainingArguments, processing_class: Any, main: bool) -> None:
         if file := self._gguf_file(args):
-            main = state.is_world_process_zero
             export_gguf(model, file, processing_class, overwrite=True, is_main_process=main)
             return
+        assert self.export  # as on_train_end knows
         directory = Path(str(args.output_dir), "4bit") if self.export is True else Path(self.export)
-        export_4bit(
-            model,
-            directory,
-            processing_class,
-            leave_unpackable=self.leave_unpackable,
-            is_main_process=state.is_world_process_zero,
-        )
+        export_4bit(model, directory, processing_class, leave_unpackable=self.leave_unpackable, is_main_process=main)
 
     def _convert(self, model: Any) -> None:
         """Convert; a model that came converted keeps its configuration, unless the callback was given one."""

@@ -1,4 +1,4 @@
-"""An adapter that PEFT puts over a 4-bit layer with ``adapters="merged"`` is one that merges without loss."""
+"""Adapters that PEFT puts over 4-bit layers are looked at there and then: converting may lie long behind."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from typing import Any
 from hf_stablespam.trainer.patching import patch
 
 
-def teach_lora(layer: ModuleType) -> None:
-    """Let every `lora.Linear` look at what it is put over, when it is made."""
-    patch(layer.Linear, "__init__", _adopting)
+def teach_tuners(tuners: ModuleType) -> None:
+    """Let every tuner of PEFT look at the model that it has just put adapters into.
+
+    All ways go through it: `get_peft_model`, `PeftModel.from_pretrained`, `add_adapter`, `inject_adapter_in_model`.
+    """
+    patch(tuners.BaseTuner, "inject_adapter", _looking)
 
 
-def _adopting(initialise: Callable[..., None]) -> Callable[..., None]:
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        initialise(self, *args, **kwargs)
-        from hf_stablespam.quant.layers.adapters import adopt_adapter
+def _looking(inject: Callable[..., None]) -> Callable[..., None]:
+    def inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        inject(self, model, adapter_name, *args, **kwargs)
+        from hf_stablespam.quant.layers.adapters import adopt_adapters, check_adapters
 
-        adopt_adapter(self)
+        adopt_adapters(model)
+        check_adapters(model, trained=() if self.peft_config[adapter_name].inference_mode else (adapter_name,))
 
-    return __init__
+    return inject_adapter

@@ -6,7 +6,7 @@ from typing import Any
 
 from hf_stablespam.trainer.patching import undo_patches
 from hf_stablespam.trainer.registration import factory
-from hf_stablespam.trainer.registration.adapters import teach_lora
+from hf_stablespam.trainer.registration.adapters import teach_tuners
 from hf_stablespam.trainer.registration.after_import import after_import, forget_hooks
 from hf_stablespam.trainer.registration.quantization_config import forget_quantizers, teach_quantizers
 
@@ -29,7 +29,7 @@ def register() -> None:
     after_import("transformers.trainer", _teach_trainer)
     after_import("transformers.trainer_callback", _teach_callback_handler)
     after_import("transformers.quantizers.auto", teach_quantizers)
-    after_import("peft.tuners.lora.layer", teach_lora)
+    after_import("peft.tuners.tuners_utils", teach_tuners)
 
 
 def unregister() -> None:

@@ -55,6 +55,23 @@ def test_gradcheck_with_the_identity_quantizer() -> None:
     assert torch.autograd.gradcheck(product, (x, layer.weight, layer.bias))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_it_returns_may_be_written_to(bias: bool) -> None:
+    """As AdaLoRA, GraLoRA, C3A and others of PEFT do with the output of the layer under them."""
+    layer, x = FourBitLinear(48, 24, bias, FourBitConfig("int4", "int4", group_size=16)), torch.randn(2, 5, 48)
+
+    def written_to(x: torch.Tensor) -> torch.Tensor:
+        y = layer(x)
+        y += 1
+        return y
+
+    torch.testing.assert_close(written_to(x), layer(x) + 1)
+    written_to(x).square().sum().backward()
+    ours, layer.weight.grad = layer.weight.grad, None
+    (layer(x) + 1).square().sum().backward()
+    torch.testing.assert_close(ours, layer.weight.grad)
+
+
 def test_without_formats_it_is_an_ordinary_linear_layer() -> None:
     layer, x = make(FourBitConfig(**PLAIN))
     plain = nn.Linear(48, 24)

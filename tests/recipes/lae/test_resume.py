@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from hf_stablespam.recipes.lae import IncrementalClassifier, LAEModel, lae_predict
 from hf_stablespam.recipes.lae.adapters import adapter_parameters
-from tests.recipes.lae.helpers import METHODS, Images, tiny_vit, train_task, vit_model
+from tests.recipes.lae.helpers import METHODS, Images, Trainer, arguments, tiny_vit, train_task, vit_model
 
 
 def kept(model: LAEModel) -> dict[str, torch.Tensor]:
@@ -134,6 +134,60 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         calibrated.load_state_dict(plain, strict=False)
 
 
+@pytest.mark.parametrize("restore", [False, True])
+def test_the_count_of_steps_that_were_not_averaged_goes_on(restore, tmp_path, caplog):
+    class Lost(TrainerCallback):
+        """The online expert is not finite after a step, and as it was in the next."""
+
+        def on_step_begin(self, args, state, control, model=None, **others):
+            if state.global_step in (2, 5):
+                model.load_state_dict(self.kept, strict=False)
+            self.kept = kept(model)
+
+        def on_optimizer_step(self, args, state, control, model=None, **others):
+            if state.global_step + 1 in (2, 5):
+                next(iter(adapter_parameters(model.peft_model, "default").values())).data[:] = torch.nan
+
+    options = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3}
+    options["restore_callback_states_from_checkpoint"] = restore
+    first = vit_model()
+    train_task(first, tmp_path / "first")
+    first.classifier.add_task(2)
+    train_task(first, tmp_path / "whole", 1, (Lost(),), **options)
+    assert "after 2 steps the online expert was not finite" in caplog.text
+    caplog.clear()
+    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
+    train_task(vit_model(tasks=2), tmp_path / "resumed", 1, (Lost(),), resume=checkpoint, **options)
+    assert "after 2 steps the online expert was not finite" in caplog.text
+
+
+def test_a_checkpoint_of_a_run_without_the_callback(tmp_path):
+    """Its steps are in no average from the second task on; in the first there is none."""
+    options = {"save_strategy": "steps", "save_steps": 3}
+
+    def train_without(model, folder, task):
+        model.requires_grad_(False)
+        model.classifier.heads[task].requires_grad_(True)
+        model.peft_model.set_adapter("default")
+        model.task = task
+        Trainer(model, arguments(folder, **options), train_dataset=Images(task)).train()
+        return str(folder / "checkpoint-3")
+
+    checkpoint = train_without(vit_model(), tmp_path / "zero", 0)
+    trainer = train_task(vit_model(), tmp_path / "zero on", 0, resume=checkpoint, **options)
+    saved = json.loads((tmp_path / "zero on" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert saved["stateful_callbacks"]["LAECallback"]["attributes"] == {"_skipped": 0}
+    model = trainer.model
+    model.classifier.add_task(2)
+    train_task(model, tmp_path / "one", 1)
+    model.classifier.add_task(2)
+    model.save_pretrained(tmp_path / "two tasks")
+    checkpoint = train_without(model, tmp_path / "two", 2)
+    again = LAEModel.from_pretrained(tiny_vit(), tmp_path / "two tasks")
+    with pytest.raises(ValueError, match=r"of a run with LAECallback\(task=2\), got one of step 3 whose run had none"):
+        train_task(again, tmp_path / "two on", 2, resume=checkpoint, **options)
+
+
 def test_heads_in_a_file_of_their_own(tmp_path):
     classifier = IncrementalClassifier(4).double()
     classifier.add_task(2, labels=[5, 1])
@@ -175,7 +229,6 @@ def test_the_best_model_is_loaded_with_both_experts(tmp_path):
 
     best = Evaluation()
     from hf_stablespam.recipes.lae import LAECallback
-    from tests.recipes.lae.helpers import Trainer, arguments
 
     options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
     trainer = Trainer(

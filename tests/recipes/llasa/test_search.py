@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from hf_stablespam import FourBitConfig, convert_to_4bit
+from hf_stablespam import FourBitConfig, FourBitLinear, convert_to_4bit
 from hf_stablespam.recipes.llasa import (
     SpeechTokensLogitsProcessor,
     best_of_n,
@@ -292,3 +292,13 @@ def test_four_bit_and_adapted_models_are_searched_like_others():
             options = {"chunk_size": 4, "max_new_tokens": 12, "use_cache": use_cache}
             results.append(process_beam_search(model, PROMPT, mean, vocabulary=VOCABULARY, **options))
         assert results[0] == results[1]
+
+
+def test_four_bit_weights_are_rounded_once_for_a_search(monkeypatch):
+    model, made = convert_to_4bit(llama(301), FourBitConfig(group_size=32)), []
+    rounded = FourBitLinear.quantized_weight
+    monkeypatch.setattr(FourBitLinear, "quantized_weight", lambda *args: made.append(args[0]) or rounded(*args))
+    options = {"chunk_size": 4, "max_new_tokens": 8, "vocabulary": VOCABULARY}
+    process_beam_search(model, PROMPT, mean, **options)
+    assert len(made) == len(set(made)) == sum(isinstance(module, FourBitLinear) for module in model.modules())
+    assert all(layer._kept is None for layer in made)

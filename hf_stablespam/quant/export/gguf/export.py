@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from hf_stablespam._announce import announce
-from hf_stablespam._atomic import atomic_file
+from hf_stablespam._atomic import atomic_file, check_writable
+from hf_stablespam._shared_errors import groups_of, shared_errors
 from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.export.checks import check_finite
 from hf_stablespam.quant.export.gguf.architectures import Architecture, architecture_of
@@ -21,7 +22,7 @@ from hf_stablespam.quant.export.gguf.checks import EMBEDDING_TYPES, check_gguf, 
 from hf_stablespam.quant.export.gguf.metadata import add_metadata
 from hf_stablespam.quant.export.gguf.tensors import tensor_plans
 from hf_stablespam.quant.export.gguf.tokenizer import Vocabulary, add_vocabulary, read_vocabulary
-from hf_stablespam.quant.export.gguf.writer import check_absent, verify_tensors, write_tensors
+from hf_stablespam.quant.export.gguf.writer import check_absent, gathering_together, verify_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +60,11 @@ def export_gguf(
     Raises:
         ImportError: the package gguf is not installed.
         FileExistsError: the file exists.
+        OSError: it cannot be written there, or the disk is full; `file` is then what it was.
         ValueError: the model is not converted, a weight is not finite, or something has no exact form in GGUF; the
             message says what to change.
         RuntimeError: a tensor that was read back is not what training used; no file is left.
+        What one process raises, all raise that share a sharded model.
 
     Example:
         >>> export_gguf(model, "llama-q4_0.gguf", tokenizer)  # doctest: +SKIP
@@ -69,10 +72,13 @@ def export_gguf(
     if embedding not in EMBEDDING_TYPES:
         names = ", ".join(map(repr, EMBEDDING_TYPES))
         raise ValueError(f"embedding must be one of {names}, got {embedding!r}; 'q8_0' is the default")
-    file = Path(file)
-    if is_main_process:
-        check_absent(file, overwrite)
-    config = check_gguf(model, processing_class)
+    file, groups = Path(file), groups_of(model.parameters())
+    with shared_errors(groups):
+        if is_main_process:
+            check_absent(file, overwrite)
+        config = check_gguf(model, processing_class)
+        if is_main_process:
+            check_writable(file)
     check_finite(dict(model.named_parameters()))
     if processing_class is None and is_main_process:
         logger.warning(
@@ -81,19 +87,20 @@ def export_gguf(
             file,
         )
     architecture = architecture_of(model)
-    plans = tensor_plans(model, architecture, embedding)
-    if not is_main_process:
-        # Gathers the shards as the main process does: of all to write them, then of those that are verified.
-        for plan in [*plans, *(plan for plan in plans if plan.verify is not None)]:
-            plan.data()
-        return
-    vocabulary = None
-    if processing_class is not None:
-        vocabulary = read_vocabulary(processing_class, input_embedding(model).shape[0])
-    metadata = partial(_add_all_metadata, model, architecture, config, vocabulary)
-    with atomic_file(file) as path:
-        write_tensors(path, architecture.name, metadata, plans)
-        verify_tensors(path, plans)
+    with shared_errors(groups) as meet:
+        plans = [gathering_together(plan, meet) for plan in tensor_plans(model, architecture, embedding)]
+        if not is_main_process:
+            # Gathers the shards as the main process does: of all to write them, then of those that are verified.
+            for plan in [*plans, *(plan for plan in plans if plan.verify is not None)]:
+                plan.data()
+            return
+        vocabulary = None
+        if processing_class is not None:
+            vocabulary = read_vocabulary(processing_class, input_embedding(model).shape[0])
+        metadata = partial(_add_all_metadata, model, architecture, config, vocabulary)
+        with atomic_file(file) as path:
+            write_tensors(path, architecture.name, metadata, plans)
+            verify_tensors(path, plans)
     packed = sum(plan.type in FILE_TYPES for plan in plans)
     announce(logger, "exported %d packed and %d other tensors to %s", packed, len(plans) - packed, file)
 

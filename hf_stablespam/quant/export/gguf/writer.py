@@ -28,6 +28,21 @@ class TensorPlan(NamedTuple):
     verify: Callable[[np.ndarray], None] | None = None
 
 
+def gathering_together(plan: TensorPlan, meet: Callable[[], None]) -> TensorPlan:
+    """The plan, with `meet` before each time that shards are gathered for it."""
+
+    def data() -> np.ndarray:
+        meet()
+        return plan.data()
+
+    def verify(stored: np.ndarray) -> None:
+        assert plan.verify is not None
+        meet()
+        plan.verify(stored)
+
+    return plan._replace(data=data, verify=plan.verify and verify)
+
+
 def check_absent(file: Path, overwrite: bool) -> None:
     """Raise if `file` may not be written."""
     if file.is_dir():

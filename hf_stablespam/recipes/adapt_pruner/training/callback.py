@@ -11,6 +11,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_stablespam._announce import announce
+from hf_stablespam._shared_errors import all_processes, shared_errors
 from hf_stablespam.recipes.adapt_pruner.model.checkpoint import write_widths_of
 from hf_stablespam.recipes.adapt_pruner.model.layers import count_parameters, find_layers
 from hf_stablespam.recipes.adapt_pruner.model.optimizer_state import RESET, check_choice
@@ -49,8 +50,9 @@ class SavesWidths(ReportsFigures, TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
-        if state.is_world_process_zero and (folder / "config.json").is_file():
-            write_widths_of(kwargs["model"], folder)
+        with shared_errors(all_processes()):
+            if state.is_world_process_zero and (folder / "config.json").is_file():
+                write_widths_of(kwargs["model"], folder)
 
 
 class AdaptPruneCallback(KeepsState, SavesWidths):
