@@ -234,15 +234,17 @@ LARGER, SEQUENCES, TIMES_LONGER = "9m", 8, 4
 
 
 def longer(base: Run, record: Record) -> Iterator[Run]:
-    """9M parameters, four times the steps: AdamW with both β2, at a lower rate too; full precision; a second seed."""
-    own = replace(base, model_size=LARGER, batch_size=SEQUENCES, precision="int4", learning_rate=DEFAULT_RATE)
-    own = replace(own, steps=TIMES_LONGER * base.steps)
-    ours, slower, faster = (replace(own, method=apart(method, "embedding", 10)) for method in APART)
-    lower = [replace(run, learning_rate=APART_RATES[1]) for run in (faster, slower)]
-    yield from (ours, faster, *lower)
-    if any(run not in record for run in (ours, faster, *lower)):
+    """9M parameters, four times the steps, at two rates; then full precision and a second seed for the best of each."""
+    own = replace(base, model_size=LARGER, batch_size=SEQUENCES, steps=TIMES_LONGER * base.steps, precision="int4")
+    ours, *theirs = (
+        [replace(own, method=apart(method, "embedding", 10), learning_rate=rate) for rate in APART_RATES[2:0:-1]]
+        for method in APART
+    )
+    rivals = list(itertools.chain(*theirs))
+    yield from (*ours, *rivals)
+    if any(run not in record for run in (*ours, *rivals)):
         return
-    bests = ours, min((faster, *lower), key=lambda run: loss_of(record, run))
+    bests = [min(runs, key=lambda run: loss_of(record, run)) for runs in (ours, rivals)]
     for seed, precision in ((SEEDS[0], "full"), (SEEDS[1], "int4"), (SEEDS[1], "full")):
         yield from (replace(run, precision=precision, seed=seed) for run in bests)
 
