@@ -86,7 +86,7 @@ def curves(base: Run, record: Record) -> plt.Figure:
 
 def rates_apart(base: Run, record: Record) -> plt.Figure:
     """Final loss over the matrices' learning rate where the embedding has ten times as much, INT4, the first seed."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     rates = APART_RATES
     for method, color in zip(APART, APART_COLORS, strict=True):
         for name, style, marker in ((apart(method, "embedding", 10), "-", "o"), (method, ":", "x")):
@@ -100,7 +100,7 @@ def rates_apart(base: Run, record: Record) -> plt.Figure:
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     return figure
 
 
