@@ -32,7 +32,7 @@ from benchmarks._record import RESULTS
 from benchmarks.cost_on_paper import cost_table
 from benchmarks.quality import read_record
 from benchmarks.quality_runs import Run
-from benchmarks.quality_studies import ON_CPU, STUDIES, Record
+from benchmarks.quality_studies import STUDIES, Record
 from benchmarks.quality_tables import apart_summary, apart_table, fewer_table, steps_table, table
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -55,7 +55,7 @@ def study_table(name: str, record: Record) -> str:
 def makers() -> dict[str, Callable[[], str]]:
     """Name of a table → how it is made."""
     record = read_record()
-    found: dict[str, Callable[[], str]] = {name: lambda name=name: study_table(name, record) for name in ON_CPU}
+    found: dict[str, Callable[[], str]] = {name: lambda name=name: study_table(name, record) for name in STUDIES}
     found["apart"] = lambda: apart_table(BASE, record)
     found["apart-best"] = lambda: apart_summary(BASE, record)
     found["fewer_steps"] = lambda: fewer_table(BASE, record)

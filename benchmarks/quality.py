@@ -8,7 +8,7 @@
 Each finished run is appended to results/quality.csv at once, and runs that are there are not repeated: stop it when
 you like and go on later. Start it as often as there are cores (with OMP_NUM_THREADS=1): the processes share the queue.
 A run of 500 steps of the demo's model (1.3 million parameters, 16 × 128 tokens a step) takes
-about three minutes on one core, one of `longer` half an hour; all studies are about 260 runs. Whoever wins, wins:
+about three minutes on one core, one of `longer` half an hour; all others are about 250 runs. Whoever wins, wins:
 diverged runs are rows as well.
 """
 
@@ -66,7 +66,7 @@ def steps_within(minutes: float, base: Run) -> int:
 
 def parse(command_line: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=ON_CPU, help="default: all but at_scale")
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=ON_CPU, help="default: not longer, at_scale")
     parser.add_argument("--steps", type=int, default=500, help="update steps of each run")
     parser.add_argument("--model_size", default="tiny", help="as in examples/pretrain.py")
     parser.add_argument("--data", default=STANDARD_LIBRARY, help="standard_library, torch_headers, or a data set")

@@ -20,7 +20,7 @@ from hf_stablespam.quant.export.state import whole_state_dict
 from hf_stablespam.quant.export.widths import write_widths
 from hf_stablespam.quant.formats.quantizer import quantize
 from hf_stablespam.quant.layers.experts import FourBitExperts, weight_names
-from hf_stablespam.quant.layers.linear import FourBitLinear
+from hf_stablespam.quant.layers.linear import FourBitLinear, check_partners
 
 
 def grid_weight(layer: FourBitLinear) -> Tensor:
@@ -96,6 +96,7 @@ def _check(model: nn.Module) -> FourBitConfig:
             "hadamard='all': the 4-bit numbers are those of transformed weights, which no other code multiplies by"
             " transformed inputs; train with hadamard='weight_grad' or None"
         )
+    check_partners(model)
     return config
 
 

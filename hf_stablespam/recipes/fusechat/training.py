@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState
+from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.utils import logging
 
 from hf_stablespam._sharded import is_sharded
@@ -22,6 +21,7 @@ from hf_stablespam._shared_errors import all_processes, shared_errors
 from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit
 from hf_stablespam.quant.export.checks import check_packable
 from hf_stablespam.quant.export.state import whole_state_dict
+from hf_stablespam.recipes.fusechat.reference import ChecksReference
 from hf_stablespam.recipes.fusechat.report import TABLES_FILE, fusion_report, report_tables, write_report_tables
 from hf_stablespam.recipes.fusechat.settings import NEEDED
 from hf_stablespam.recipes.fusechat.stage_run import FINISHED, StageRun, begin_stage, own_checkpoint, stage_settings
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 SMALL_RATE = 1e-4  # below it a step of Adam is less than half a unit of most bfloat16 weights
-TOLERANCE = 1e-3  # of the first loss: bfloat16 sums in another order differ by less
 
 
 def train_target(
@@ -144,36 +143,6 @@ def train_target(
     return trained
 
 
-def check_reference(trainer: Any) -> None:
-    """Raise unless policy and reference compute the same: then the DPO loss before the first step is ln 2.
-
-    Raises:
-        ValueError: the loss of a few rows is something else.
-    """
-    if trainer.args.precompute_ref_log_probs:
-        return  # the policy itself has just been the reference
-    if not set(trainer.args.loss_type) <= {"sigmoid", "sigmoid_norm"} or len(trainer.args.loss_type) > 1:
-        return  # other losses begin elsewhere
-    rows = trainer.train_dataset.select(range(min(len(trainer.train_dataset), trainer.args.per_device_eval_batch_size)))
-    loss = trainer.evaluate(rows, metric_key_prefix="reference")["reference_loss"]
-    if not abs(loss - math.log(2)) < TOLERANCE:
-        raise ValueError(
-            f"the DPO loss before the first step must be ln 2 = {math.log(2):.4f}, got {loss:.4f}: the reference does"
-            " not compute what the policy does; convert both to 4 bits with the same configuration, or neither"
-        )
-
-
-class _ChecksReference(TrainerCallback):
-    """`check_reference` before the first step of a run: only then FSDP2 has wrapped the policy."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **others: Any) -> None:
-        if state.global_step == 0:
-            check_reference(self.trainer)
-
-
 def _write_tables(report: Mapping[str, Any], folder: Path) -> None:
     """For the HTML report, by one process."""
     with shared_errors(all_processes()):
@@ -184,7 +153,7 @@ def _write_tables(report: Mapping[str, Any], folder: Path) -> None:
 def _run(trainer: Any, run: str | None, resume: bool) -> None:
     """Train and save the model, an adapter merged into it; the state comes last."""
     if hasattr(trainer, "ref_model"):
-        trainer.add_callback(_ChecksReference(trainer))
+        trainer.add_callback(ChecksReference(trainer))
     folder = trainer.args.output_dir
     trainer.train(resume_from_checkpoint=own_checkpoint(folder, run) if resume else None)
     model = trainer.accelerator.unwrap_model(trainer.model)

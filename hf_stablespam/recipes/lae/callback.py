@@ -20,9 +20,9 @@ from hf_stablespam.recipes.lae.adapters import (
     copy_expert,
 )
 from hf_stablespam.recipes.lae.average import update_average
+from hf_stablespam.recipes.lae.checks import check_model, check_optimizer
 from hf_stablespam.recipes.lae.model import LAEModel
 from hf_stablespam.trainer.callbacks.helpers.kept_state import KeepsState
-from hf_stablespam.trainer.registration.flat_shards import fsdp_version, zero_stage
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class LAECallback(KeepsState, TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
     ) -> None:
-        _check_model(model, args)
+        check_model(model, args)
         self._check_task(model)
         experts = model.peft_model
         check_experts(experts, self.online)
@@ -133,11 +133,11 @@ class LAECallback(KeepsState, TrainerCallback):
         optimizer: Any = None,
         **others: Any,
     ) -> None:
-        _check_model(model, args)
+        check_model(model, args)
         self._check_task(model)
         self._choose_trainable(model)
         if optimizer is not None:
-            _check_optimizer(model, optimizer)
+            check_optimizer(model, optimizer)
         saved = self.restored(state)
         self._skipped = saved.get("_skipped", 0)
         self._frozen = False
@@ -237,31 +237,3 @@ class LAECallback(KeepsState, TrainerCallback):
             parameter.requires_grad_(distributed or not frozen)
             if frozen:
                 parameter.grad = None
-
-
-def _check_model(model: Any, args: TrainingArguments) -> None:
-    if not isinstance(model, LAEModel):
-        raise ValueError(
-            f"LAECallback needs an LAEModel, got {type(model).__name__}; "
-            "Trainer(model=LAEModel(add_lae_adapters(backbone, config), classifier), ...)"
-        )
-    if fsdp_version(args) is not None or zero_stage(args) > 0:
-        raise ValueError("LAECallback averages whole adapters and does not work with FSDP or DeepSpeed ZeRO; use DDP")
-    if args.label_smoothing_factor > 0:
-        raise ValueError(
-            f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}: the Trainer's smoothed loss knows "
-            "nothing of a task's classes"
-        )
-
-
-def _check_optimizer(model: LAEModel, optimizer: Any) -> None:
-    """An optimizer of an earlier moment would train other parameters, without any sign of it."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    wanted = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    missing = [name for key, name in wanted.items() if key not in held]
-    if missing or held - wanted.keys():
-        raise ValueError(
-            f"the optimizer holds other parameters than those of this task (of {len(wanted)}, {len(missing)} are not "
-            f"in it, and {len(held - wanted.keys())} others are); "
-            "make each task's Trainer after the run of the task before"
-        )

@@ -13,6 +13,9 @@ from torch import nn
 
 from hf_stablespam import register, unregister
 from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, restore_linear
+from hf_stablespam.quant.export import export_unpacked
+from hf_stablespam.quant.export.checks import check_packable
+from hf_stablespam.quant.export.gguf.checks import check_gguf
 from tests.quant.export.gguf.models import tiny
 
 CONFIG = FourBitConfig("int4", None, group_size=8)
@@ -222,3 +225,12 @@ def test_a_copy_of_one_of_the_layers_that_share_a_scale_is_refused(config: FourB
         return
     with pytest.raises(ValueError, match=r"q_proj.modules_to_save.default is a copy of a 4-bit layer that shares"):
         get_peft_model(model, lora)
+
+
+@pytest.mark.parametrize("check", [check_packable, check_gguf, lambda model: export_unpacked(model, "nowhere")])
+def test_no_export_takes_a_layer_that_shares_its_scale_with_copies(check: Any) -> None:
+    model = convert_to_4bit(tiny("LlamaForCausalLM"), FourBitConfig.nvfp4())
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = copy.deepcopy(attention.q_proj)
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj is a copy of a 4-bit layer that shares"):
+        check(model)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_stablespam import FourBitConfig, FourBitLinear, StableSPAM
 from hf_stablespam.recipes.fusechat import paper_settings, train_target
-from hf_stablespam.recipes.fusechat.training import check_reference
+from hf_stablespam.recipes.fusechat.reference import check_reference
 from tests.recipes.fusechat.helpers import preferences, target, tokenizer
 
 trl = pytest.importorskip("trl", minversion="1.14", reason="TRL 1.14 or newer is not installed; extra 'fusechat'")

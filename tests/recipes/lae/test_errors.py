@@ -95,7 +95,7 @@ def test_a_trainer_that_is_not_made(model, callback, message, tmp_path):
 
 def test_sharded_parameters_are_refused(tmp_path, monkeypatch):
     model = vit_model()
-    monkeypatch.setattr("hf_stablespam.recipes.lae.callback.fsdp_version", lambda args: 2)
+    monkeypatch.setattr("hf_stablespam.recipes.lae.checks.fsdp_version", lambda args: 2)
     with pytest.raises(ValueError, match="does not work with FSDP or DeepSpeed ZeRO; use DDP"):
         trainer_of(model, tmp_path, LAECallback(0))
 

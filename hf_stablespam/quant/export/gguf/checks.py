@@ -16,7 +16,7 @@ from hf_stablespam.quant.export.gguf.blocks import BLOCK_SIZE, TYPES
 from hf_stablespam.quant.export.gguf.tensors import tensor_plans
 from hf_stablespam.quant.export.gguf.tokenizer import read_vocabulary
 from hf_stablespam.quant.formats.number_formats import ScaleKind, get_format
-from hf_stablespam.quant.layers.linear import FourBitLinear
+from hf_stablespam.quant.layers.linear import FourBitLinear, check_partners
 
 EMBEDDING_TYPES = ("q8_0", "f16", "f32")
 
@@ -52,6 +52,7 @@ def check_gguf(model: nn.Module, processing_class: Any = None) -> FourBitConfig:
     if not layers and not experts:
         raise ValueError("the model is not converted to 4 bits; call convert_to_4bit(model, config) first")
     config: FourBitConfig = next(module.four_bit for part in (layers, experts) for module in part.values())
+    check_partners(model)
     check_format(config)
     architecture = architecture_of(model)
     if config.weight == "nvfp4" and not architecture.tensor_scales:
