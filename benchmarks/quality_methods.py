@@ -154,6 +154,10 @@ METHODS |= {
     for method in [apart(method, "embedding", 10) for method in APART]
 }
 
+# resets left out where they fall into the run: 2,000 steps of the larger model
+WITHOUT_RESETS = f"{apart('stable_spam', 'embedding', 10)}_no_reset"
+METHODS[WITHOUT_RESETS] = replace(METHODS[apart("stable_spam", "embedding", 10)], optim_args="reset_interval=none")
+
 # what the field has for fewer steps, beside Stable-SPAM with the embedding's rate apart
 _BEST = METHODS[apart("stable_spam", "embedding", 10)]
 METHODS |= {

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.quality_methods import APART, FACTORS, METHODS, apart
+from benchmarks.quality_methods import APART, FACTORS, METHODS, WITHOUT_RESETS, apart
 from benchmarks.quality_runs import TIED, TORCH_HEADERS, Run
 
 Record = Mapping[Run, dict[str, Any]]
@@ -234,7 +234,7 @@ LARGER, SEQUENCES, TIMES_LONGER = "9m", 8, 4
 
 
 def longer(base: Run, record: Record) -> Iterator[Run]:
-    """9M parameters, four times the steps, at two rates; then full precision and a second seed for the best of each."""
+    """9M parameters, four times the steps, two rates; for the best of each full precision and a second seed; no resets."""
     own = replace(base, model_size=LARGER, batch_size=SEQUENCES, steps=TIMES_LONGER * base.steps, precision="int4")
     ours, *theirs = (
         [replace(own, method=apart(method, "embedding", 10), learning_rate=rate) for rate in APART_RATES[2:0:-1]]
@@ -247,6 +247,7 @@ def longer(base: Run, record: Record) -> Iterator[Run]:
     bests = [min(runs, key=lambda run: loss_of(record, run)) for runs in (ours, rivals)]
     for seed, precision in ((SEEDS[0], "full"), (SEEDS[1], "int4"), (SEEDS[1], "full")):
         yield from (replace(run, precision=precision, seed=seed) for run in bests)
+    yield replace(bests[0], method=WITHOUT_RESETS)
 
 
 def best_factor(record: Record, base: Run) -> int | None:
