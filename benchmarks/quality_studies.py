@@ -234,7 +234,7 @@ LARGER, SEQUENCES, TIMES_LONGER = "9m", 8, 4
 
 
 def longer(base: Run, record: Record) -> Iterator[Run]:
-    """9M parameters, four times the steps, two rates; for the best of each full precision and a second seed; no resets."""
+    """9M parameters, four times the steps, two rates; then full precision, a second seed and no resets for the best."""
     own = replace(base, model_size=LARGER, batch_size=SEQUENCES, steps=TIMES_LONGER * base.steps, precision="int4")
     ours, *theirs = (
         [replace(own, method=apart(method, "embedding", 10), learning_rate=rate) for rate in APART_RATES[2:0:-1]]
