@@ -11,6 +11,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -21,7 +22,19 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import _record
-from benchmarks.qat_record import FORMATS, FULL, GGUF, LOADED, NAME, STEPS, Record, Run, perplexity_of, read_record
+from benchmarks.qat_record import (
+    FORMATS,
+    FULL,
+    GGUF,
+    LOADED,
+    LONGER,
+    NAME,
+    STEPS,
+    Record,
+    Run,
+    perplexity_of,
+    read_record,
+)
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 LABELS = {"adamw_clipped": "AdamW + clipping", "stable_spam": "Stable-SPAM"}
@@ -149,6 +162,25 @@ def rates_table(record: Record) -> str:
         values = ["–" if run is None else f"{perplexity_of(record, run):.2f}" for run in firsts]
         rows.append(f"| {LABELS[method]} | {TITLES.get(precision, 'full precision')} | {' | '.join(values)} |")
     return "\n".join(rows)
+
+
+def steps_table(record: Record) -> str:
+    """Markdown: first seeds after the study's steps and after more of them, at the same learning rates."""
+    lengths = (STEPS, round(LONGER * STEPS))
+    rows = [f"| trained in | optimizer | lr | {' | '.join(f'{steps} steps' for steps in lengths)} |"]
+    rows.append(f"|---|---|{'---:|' * (1 + len(lengths))}")
+    ways = [("adamw_clipped", FULL, None), ("adamw_clipped", FULL, GGUF), *((method, GGUF, None) for method in LABELS)]
+    for method, precision, then in ways:
+        first = best(record, method, precision)[0]
+        runs = [replace(first, steps=steps) for steps in lengths]
+        found = ("–" if run not in record else _perplexity(record, run, then) for run in runs)
+        title = TITLES.get(precision, "full precision") + ("" if then is None else f", then rounded to {TITLES[then]}")
+        rows.append(f"| {title} | {LABELS[method]} | {first.learning_rate:g} | {' | '.join(found)} |")
+    return "\n".join(rows)
+
+
+def _perplexity(record: Record, run: Run, then: str | None) -> str:
+    return f"{perplexity_of(record, run) if then is None else rounded(record, run, then):.2f}"
 
 
 def files_table() -> str:

@@ -5,7 +5,16 @@ import json
 
 import pytest
 
-from benchmarks import cost_on_paper, demo_record, evidence_page, evidence_smoke, outside_language, quality, step_tables
+from benchmarks import (
+    cost_on_paper,
+    demo_record,
+    evidence_page,
+    evidence_smoke,
+    outside_language,
+    qat_record,
+    quality,
+    step_tables,
+)
 
 
 def test_every_table_of_the_pages_is_that_of_the_results():
@@ -38,7 +47,8 @@ def test_the_cost_of_a_billion_parameters():
 
 
 def test_what_the_smoke_run_repeats_is_on_record():
-    assert set(evidence_smoke.pairs()) <= set(quality.read_record())
+    assert set(evidence_smoke.pretrainings()) <= set(quality.read_record())
+    assert evidence_smoke.fine_tuning() in qat_record.read_record()
     assert set(evidence_smoke.digits()) <= set(outside_language.read_record())
 
 

@@ -92,6 +92,17 @@ def test_the_tables_take_the_best_rate_and_all_its_seeds(record):
     assert "| Stable-SPAM | int4_signed, groups of 32 | 35.00 | 33.00 | 34.00 |" in rates
 
 
+def test_the_table_of_steps_shows_the_same_rates_after_more_of_them(record):
+    record |= {Run("adamw_clipped", FULL, 2e-4, steps=100): row(28, **{f"rounded_{GGUF}": 31})}
+    record |= {Run("stable_spam", GGUF, 2e-4, steps=100): row(29)}
+    assert qat_tables.steps_table(record).splitlines()[2:] == [
+        "| full precision | AdamW + clipping | 0.0002 | 30.00 | 28.00 |",
+        "| full precision, then rounded to int4_signed, groups of 32 | AdamW + clipping | 0.0002 | 50.00 | 31.00 |",
+        "| int4_signed, groups of 32 | AdamW + clipping | 0.0001 | 36.00 | – |",
+        "| int4_signed, groups of 32 | Stable-SPAM | 0.0002 | 33.00 | 29.00 |",
+    ]
+
+
 def test_the_figure_has_a_line_for_each_run_and_bars_for_what_is_on_record(record, tmp_path):
     for run, line in record.items():
         if run.method != LOADED:
