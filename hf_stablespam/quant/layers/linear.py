@@ -86,6 +86,11 @@ class FourBitLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to `x` (..., in_features)."""
+        if self.adapter and self.adapter[0].is_merging():  # LoRA over it does not call it
+            raise ValueError(
+                "adapters='merged': the layer under LoRA was called by itself, as X-LoRA does, so that nothing would be"
+                " merged into its weight before the rounding; use adapters='separate'"
+            )
         if not torch.compiler.is_compiling() and not self._called:
             self._called = True
         device = x.device.type

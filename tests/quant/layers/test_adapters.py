@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 
 from hf_stablespam import register, unregister
@@ -207,6 +210,49 @@ def test_adapters_merged_refuses_other_kinds(first: str) -> None:
     merged = FourBitConfig("int4", None, group_size=8, adapters="merged")
     with pytest.raises(ValueError, match=r"'merged' knows LoRA.*got peft.tuners.vera.layer.Linear in .*0; use one of"):
         converted(config_of("VeraConfig", {"r": 2}), first, merged)
+
+
+def mixed_by_xlora(model: Any, folder: Any, adapters: str | None, first: str = "convert") -> Any:
+    """X-LoRA over a tiny Llama, in 4 bits unless `adapters` is None, with two experts that do something."""
+    targets = ["q_proj", "up_proj"]
+    for seed in range(2):
+        torch.manual_seed(seed)
+        expert = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+        expert.save_pretrained(folder / str(seed))
+    convert = [] if adapters is None else [replace(CONFIG, adapters=adapters)]
+    if first == "convert":
+        for config in convert:
+            convert_to_4bit(model, config)
+    torch.manual_seed(2)
+    experts = {str(seed): str(folder / str(seed)) for seed in range(2)}
+    options = {"hidden_size": model.config.hidden_size, "xlora_depth": 1, "adapters": experts}
+    mixed = get_peft_model(model, peft.XLoraConfig(task_type="CAUSAL_LM", **options))
+    if first == "peft":
+        for config in convert:
+            convert_to_4bit(mixed, config)
+    return mixed
+
+
+@pytest.mark.parametrize("first", ["convert", "peft"])
+def test_xlora_mixes_its_experts_over_the_rounded_weight(first: str, tmp_path: Path) -> None:
+    model, ids = tiny(use_cache=False), torch.arange(12)[None]
+    rounded = copy.deepcopy(model)
+    export_unpacked(convert_to_4bit(copy.deepcopy(model), CONFIG), tmp_path / "rounded")
+    rounded.load_state_dict(load_file(tmp_path / "rounded" / "model.safetensors"), strict=False)
+    expected = mixed_by_xlora(rounded, tmp_path, None)(ids).logits
+    found = mixed_by_xlora(model, tmp_path, "separate", first)
+    torch.testing.assert_close(found(ids).logits, expected)
+    found(ids, labels=ids).loss.backward()
+    trained = {name for name, param in found.named_parameters() if param.grad is not None and param.grad.any()}
+    assert trained
+    assert all("xlora_classifier" in name for name in trained)
+
+
+@pytest.mark.parametrize("first", ["convert", "peft"])
+def test_adapters_merged_refuses_xlora_which_passes_lora_by(first: str, tmp_path: Path) -> None:
+    mixed = mixed_by_xlora(tiny(use_cache=False), tmp_path, "merged", first)
+    with pytest.raises(ValueError, match="as X-LoRA does"):
+        mixed(torch.arange(12)[None])
 
 
 def test_the_layers_of_any_adapter_stay_in_high_precision() -> None:
