@@ -4,8 +4,9 @@
 
 Trains the demo's comparison, with one learning rate and with the embedding's apart, for a few steps, one run of the
 fault study and some of the digits', as they are on record for this purpose; reads the real model rounded and trains it
-for four steps, where it is installed; fails if a loss differs from the committed one by more than rounding makes it; draws the figures; and
-checks that the documentation's tables are those of the committed results. The committed files stay as they are.
+for four steps, where it is installed; fails if a loss differs from the committed one by more than rounding makes it;
+draws the figures; and checks that the documentation's tables are those of the committed results. The committed files
+stay as they are.
 """
 
 from __future__ import annotations

@@ -62,14 +62,22 @@ def of_setting(record: Record, method: str, precision: str, steps: int = STEPS) 
     return found
 
 
-def best(record: Record, method: str, precision: str, steps: int = STEPS) -> list[Run]:
-    """The runs at the learning rate whose first seed ended lowest, by seed; empty where there is none."""
-    found = of_setting(record, method, precision, steps)
+def best(record: Record, method: str, precision: str, then: str | None = None) -> list[Run]:
+    """The runs at the learning rate whose first seed ended lowest, by seed; empty where there is none.
+
+    With `then` those of full precision whose first seed was lowest after rounding to this format.
+    """
+    found = of_setting(record, method, precision)
     if not found:
         return []
     first = {rate: min(runs, key=lambda run: run.seed) for rate, runs in found.items()}
-    rate = min(first, key=lambda rate: perplexity_of(record, first[rate]))
+    rate = min(first, key=lambda rate: end_of(record, first[rate], then))
     return sorted(found[rate], key=lambda run: run.seed)
+
+
+def end_of(record: Record, run: Run, then: str | None = None) -> float:
+    """Perplexity at the end of a run, or after rounding what it trained."""
+    return perplexity_of(record, run) if then is None else rounded(record, run, then)
 
 
 def rounded(record: Record, run: Run, precision: str) -> float:
@@ -89,24 +97,23 @@ def spread(values: Iterable[float]) -> str:
 def summary(record: Record) -> str:
     """The main result in words, made from the rows alone."""
     loaded, tuned = Run(LOADED, FULL, 0.0, steps=0), best(record, "adamw_clipped", FULL)
-    full = statistics.fmean(perplexity_of(record, run) for run in tuned)
-    after = statistics.fmean(rounded(record, run, GGUF) for run in tuned)
+    full, after = _mean(record, tuned), _mean(record, best(record, "adamw_clipped", FULL, GGUF), GGUF)
     parts = [
         f"On {record[loaded]['tokens']} tokens of held-out pages the loaded model has a perplexity of "
         f"{perplexity_of(record, loaded):.2f}, and {rounded(record, loaded, GGUF):.2f} once its matrices are rounded "
         f"to 4 bits. {STEPS} steps of fine-tuning in full precision bring it to {full:.2f} ({seeds_of(tuned)}), and "
-        f"rounding that model to {after:.2f}: the rounding costs {after - full:.2f}."
+        f"rounding what was so fine-tuned to {after:.2f}: the rounding costs {after - full:.2f}."
     ]
     means = {}
     for method, label in LABELS.items():
         runs = best(record, method, GGUF)
         if runs:
             rates = len(of_setting(record, method, GGUF))
-            means[label] = statistics.fmean(perplexity_of(record, run) for run in runs)
+            means[label] = _mean(record, runs)
             parts.append(
-                f"Trained inside of the rounding for as many steps it ends at {means[label]:.2f} with {label} "
-                f"({seeds_of(runs)}, {'the best of ' if rates > 1 else ''}{rates} learning rate{'s' * (rates > 1)}), "
-                f"{means[label] - full:.2f} above full precision."
+                f"Trained with the rounding in the forward pass for as many steps it ends at {means[label]:.2f} with "
+                f"{label} ({seeds_of(runs)}, {'the best of ' if rates > 1 else ''}{rates} learning rate"
+                f"{'s' * (rates > 1)}), {means[label] - full:.2f} above full precision."
             )
     shared = set.intersection(*(set(of_setting(record, method, GGUF)) for method in LABELS))
     if len(shared) > 1:
@@ -121,6 +128,11 @@ def summary(record: Record) -> str:
     return " ".join(parts)
 
 
+def _mean(record: Record, runs: list[Run], then: str | None = None) -> float:
+    """Perplexity over the seeds; not a number where there is none."""
+    return statistics.fmean(end_of(record, run, then) for run in runs) if runs else math.nan
+
+
 def seeds_of(runs: list[Run]) -> str:
     return f"{len(runs)} seed{'s' * (len(runs) != 1)}"
 
@@ -128,7 +140,6 @@ def seeds_of(runs: list[Run]) -> str:
 def table(record: Record) -> str:
     """Markdown: one row for each format, the perplexity of each way to it."""
     loaded = Run(LOADED, FULL, 0.0, steps=0)
-    tuned = best(record, "adamw_clipped", FULL)
     names = (
         "format",
         "as loaded, rounded",
@@ -139,15 +150,15 @@ def table(record: Record) -> str:
     cells = [f"{perplexity_of(record, loaded):.2f}", "–", *(_cell(record, method, FULL) for method in LABELS)]
     rows.append(f"| full precision | {' | '.join(cells)} |")
     for precision, title in TITLES.items():
-        cells = [f"{rounded(record, loaded, precision):.2f}", spread(rounded(record, run, precision) for run in tuned)]
+        cells = [f"{rounded(record, loaded, precision):.2f}", _cell(record, "adamw_clipped", FULL, precision)]
         cells += [_cell(record, method, precision) for method in LABELS]
         rows.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def _cell(record: Record, method: str, precision: str) -> str:
-    runs = best(record, method, precision)
-    return spread(perplexity_of(record, run) for run in runs) + (f" ({seeds_of(runs)})" if runs else "")
+def _cell(record: Record, method: str, precision: str, then: str | None = None) -> str:
+    runs = best(record, method, precision, then)
+    return spread(end_of(record, run, then) for run in runs) + (f" ({seeds_of(runs)})" if runs else "")
 
 
 def rates_table(record: Record) -> str:
@@ -171,16 +182,12 @@ def steps_table(record: Record) -> str:
     rows.append(f"|---|---|{'---:|' * (1 + len(lengths))}")
     ways = [("adamw_clipped", FULL, None), ("adamw_clipped", FULL, GGUF), *((method, GGUF, None) for method in LABELS)]
     for method, precision, then in ways:
-        first = best(record, method, precision)[0]
+        first = best(record, method, precision, then)[0]
         runs = [replace(first, steps=steps) for steps in lengths]
-        found = ("–" if run not in record else _perplexity(record, run, then) for run in runs)
+        found = ("–" if run not in record else f"{end_of(record, run, then):.2f}" for run in runs)
         title = TITLES.get(precision, "full precision") + ("" if then is None else f", then rounded to {TITLES[then]}")
         rows.append(f"| {title} | {LABELS[method]} | {first.learning_rate:g} | {' | '.join(found)} |")
     return "\n".join(rows)
-
-
-def _perplexity(record: Record, run: Run, then: str | None) -> str:
-    return f"{perplexity_of(record, run) if then is None else rounded(record, run, then):.2f}"
 
 
 def files_table() -> str:
@@ -213,8 +220,7 @@ def figure(record: Record) -> plt.Figure:
             text = f"trained in 4 bits, {label}" if index == 0 else None
             left.plot(*zip(*curve(record, run), strict=True), color=COLORS[method], label=text, marker="o", ms=3)
     if tuned:
-        full = statistics.fmean(perplexity_of(record, run) for run in tuned)
-        after = statistics.fmean(rounded(record, run, GGUF) for run in tuned)
+        full, after = _mean(record, tuned), _mean(record, best(record, "adamw_clipped", FULL, GGUF), GGUF)
         left.axhline(after, color="#D55E00", linestyle=":", label=f"fine-tuned, then rounded: {after:.1f}")
         left.axhline(full, color="#555555", linestyle="--", label=f"fine-tuned in full precision: {full:.1f}")
     left.set(xlabel="update step", ylabel="perplexity of held-out pages", title=f"SmolLM2-135M, {TITLES[GGUF]}")
@@ -227,17 +233,14 @@ def figure(record: Record) -> plt.Figure:
 def _bars(axes: plt.Axes, record: Record, tuned: list[Run]) -> None:
     loaded = Run(LOADED, FULL, 0.0, steps=0)
     plain = perplexity_of(record, loaded)
-    full = statistics.fmean(perplexity_of(record, run) for run in tuned) if tuned else math.nan
+    full = _mean(record, tuned)
+    afterwards = [_mean(record, best(record, "adamw_clipped", FULL, p), p) for p in TITLES]
     ways: dict[str, tuple[str, list[float]]] = {
         "loaded, rounded": ("#999999", [rounded(record, loaded, p) - plain for p in TITLES]),
-        "fine-tuned, rounded": (
-            "#D55E00",
-            [statistics.fmean(rounded(record, r, p) for r in tuned) - full if tuned else math.nan for p in TITLES],
-        ),
+        "fine-tuned, rounded": ("#D55E00", [after - full for after in afterwards]),
     }
     for method, label in LABELS.items():
-        runs = [best(record, method, precision) for precision in TITLES]
-        costs = [statistics.fmean(perplexity_of(record, r) for r in one) - full if one else math.nan for one in runs]
+        costs = [_mean(record, best(record, method, precision)) - full for precision in TITLES]
         ways[f"trained in it, {label}"] = (COLORS[method], costs)
     for place, (label, (color, costs)) in enumerate(ways.items()):
         positions = [index + 0.2 * (place - 1.5) for index in range(len(costs))]
