@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.quality import read_record
-from benchmarks.quality_methods import APART, METHODS, apart
+from benchmarks.quality_methods import APART, METHODS, WITHOUT_RESETS, apart
 from benchmarks.quality_runs import Run
 from benchmarks.quality_studies import APART_RATES, DEFAULT_RATE, SEEDS, STUDIES, SWEPT, Record, loss_of
 from benchmarks.quality_tables import curve
@@ -106,17 +106,19 @@ def rates_apart(base: Run, record: Record) -> plt.Figure:
 
 def longer(base: Run, record: Record) -> plt.Figure:
     """Validation loss over the steps of the larger model, each run of the first seed a line."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    colors = dict(zip((apart(method, "embedding", 10) for method in APART), APART_COLORS, strict=True))
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    names = {apart(method, "embedding", 10): LABELS[method] for method in APART}
+    names[WITHOUT_RESETS] = f"{LABELS['stable_spam']} without resets"
+    colors = dict(zip(names, (*APART_COLORS, "#009E73"), strict=True))
     runs = [run for run in STUDIES["longer"](base, record) if run in record and run.seed == SEEDS[0]]
     for run in runs:
         style = "--" if run.precision == "full" else "-" if run.learning_rate == DEFAULT_RATE else ":"
         precision = "full precision" if run.precision == "full" else "INT4"
-        label = f"{LABELS[run.method.removesuffix('_embedding10')]}, {precision}, {run.learning_rate:g}"
+        label = f"{names[run.method]}, {precision}, {run.learning_rate:g}"
         axes.plot(*zip(*curve(record[run]), strict=True), style, color=colors[run.method], label=label)
     if runs:
         axes.set_ylim(top=min(curve(record[run])[-1][1] for run in runs) + 1.2)
-        axes.legend(fontsize="small")
+        figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     axes.set(xlabel="update step", ylabel="validation loss")
     axes.grid(alpha=0.3)
     return figure
