@@ -33,7 +33,7 @@ from benchmarks.cost_on_paper import cost_table
 from benchmarks.quality import read_record
 from benchmarks.quality_runs import Run
 from benchmarks.quality_studies import STUDIES, Record
-from benchmarks.quality_tables import apart_summary, apart_table, fewer_table, steps_table, table
+from benchmarks.quality_tables import apart_summary, apart_table, fewer_table, longer_summary, steps_table, table
 
 DOCS = Path(__file__).parents[1] / "docs"
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -58,6 +58,7 @@ def makers() -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {name: lambda name=name: study_table(name, record) for name in STUDIES}
     found["apart"] = lambda: apart_table(BASE, record)
     found["apart-best"] = lambda: apart_summary(BASE, record)
+    found["longer-best"] = lambda: longer_summary(BASE, record)
     found["fewer_steps"] = lambda: fewer_table(BASE, record)
     found["demo"] = demo_record.table
     found |= {"step-cost": step_tables.table, "step-summary": step_tables.summary}

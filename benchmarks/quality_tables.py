@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from benchmarks.quality_methods import APART, apart
+from benchmarks.quality_methods import APART, WITHOUT_RESETS, apart
 from benchmarks.quality_runs import TIED, Run
 from benchmarks.quality_studies import (
     BASELINES,
@@ -152,6 +152,27 @@ def apart_summary(base: Run, record: Record) -> str:
         "Each at its own best learning rate for the matrices, ten times that for the embedding, Stable-SPAM ends at "
         f"{losses[0]} and the best AdamW (clipping, β2 of {beta}{decay}) at {losses[1]}: "
         f"{theirs.mean - ours.mean:.3f} apart."
+    )
+
+
+def longer_summary(base: Run, record: Record) -> str:
+    """The larger model's losses in INT4, each method at its better rate, in words."""
+    names = {
+        apart(APART[0], "embedding", 10): "Stable-SPAM",
+        WITHOUT_RESETS: "Stable-SPAM without its resets",
+        apart(APART[1], "embedding", 10): "AdamW (clipping, β2 of 0.999)",
+        apart(APART[2], "embedding", 10): "AdamW with β2 of 0.95",
+    }
+    found = [one for one in summaries(STUDIES["longer"](base, record), record) if one.run.precision == "int4"]
+    ends = []
+    for method, name in names.items():
+        own = [one for one in found if one.run.method == method]
+        if own:
+            lowest = min(own, key=lambda one: one.mean)
+            ends.append(f"{_in_words(lowest, f'lr {lowest.run.learning_rate:g}, ')} with {name}")
+    return (
+        "A model of 9 million parameters ends after 2,000 steps in INT4, at the better of two learning rates, at "
+        f"{', '.join(ends)}."
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import _queue, _record, quality, quality_plots, quality_runs, quality_tables
-from benchmarks.quality_methods import METHODS, PRECISIONS
+from benchmarks.quality_methods import METHODS, PRECISIONS, WITHOUT_RESETS
 from benchmarks.quality_runs import Run
 from benchmarks.quality_studies import ON_CPU, STUDIES, best_rate
 
@@ -190,9 +190,12 @@ def test_longer_runs_go_on_at_the_best_adamw(made):
     quality.main(["--studies", "longer"])
     assert {(run.model_size, run.steps, run.batch_size) for run in made} == {("9m", 2000, 8)}
     assert [run.learning_rate for run in made[:6]] == [3e-3, 1.5e-3] * 3
-    later = [(run.seed, run.precision) for run in made[6:]]
+    later = [(run.seed, run.precision) for run in made[6:12]]
     assert later == [(42, "full")] * 2 + [(43, "int4")] * 2 + [(43, "full")] * 2
-    assert {run.method for run in made[6:]} == {"stable_spam_embedding10", "adamw_clipped_embedding10"}
+    assert {run.method for run in made[6:12]} == {"stable_spam_embedding10", "adamw_clipped_embedding10"}
+    assert [(run.method, run.seed) for run in made[12:]] == [(WITHOUT_RESETS, 42), (WITHOUT_RESETS, 43)]
+    summary = quality_tables.longer_summary(BASE, quality.read_record())
+    assert "3.005 ± 0.007 (lr 0.003, 2 seeds) with Stable-SPAM without its resets, " in summary
 
 
 def test_minutes_become_steps(made, monkeypatch, tmp_path):
