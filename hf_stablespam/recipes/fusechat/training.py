@@ -70,7 +70,7 @@ def train_target(
             model without it.
         callbacks: for both stages, a copy for each.
         export: write a packed 4-bit checkpoint at the end: True for the folder ``4bit`` in ``dpo_args.output_dir``,
-            or the folder. Needs `four_bit`; what cannot be packed is an error before training.
+            or another folder. Needs `four_bit`; what cannot be packed is an error before training.
         leave_unpackable: see `export_4bit`.
         resume: go on with the last run in these folders, which was killed: a stage that has ended is passed over,
             another goes on from its last complete checkpoint. With False both stages begin anew: what earlier runs have
@@ -227,7 +227,13 @@ def _check(
             f"dataset must have the parts 'sft' and 'dpo' and a row in one of them, it has {rows};"
             " build_preference_dataset makes both"
         )
-    if Path(str(sft_args.output_dir)).resolve() == Path(str(dpo_args.output_dir)).resolve():
+    folders = [Path(str(args.output_dir)).resolve() for args in (sft_args, dpo_args)]
+    if folders[0] == folders[1]:
         raise ValueError(f"the stages must have folders of their own, got {str(sft_args.output_dir)!r} for both")
+    if export and export is not True and Path(export).resolve() in folders:
+        raise ValueError(
+            f"export must be another folder than those of the stages, got {str(export)!r}: the packed model would"
+            " replace the trained one; give a new folder, or True"
+        )
     if export and four_bit is None:
         raise ValueError("export needs four_bit, which says how to pack; give the FourBitConfig to train with")

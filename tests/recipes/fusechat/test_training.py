@@ -288,6 +288,9 @@ def test_wrong_uses_are_refused_before_training(tmp_path):
         train(export=True, four_bit=FourBitConfig())
     with pytest.raises(ValueError, match="folders of their own"):
         train(args=(sft_args, settings(tmp_path, dpo={"output_dir": sft_args.output_dir})[1]))
+    for stage in (sft_args, dpo_args):
+        with pytest.raises(ValueError, match="export must be another folder than those of the stages"):
+            train(export=f"{stage.output_dir}/", four_bit=FourBitConfig(group_size=16))
     with pytest.raises(ValueError, match=r"the parts 'sft' and 'dpo' and a row in one of them, it has {'dpo': 8}"):
         train(data={"dpo": preferences()["dpo"]})
     from peft import get_peft_model
