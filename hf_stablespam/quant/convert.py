@@ -79,6 +79,7 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
             check_forward(module, name)
             chosen[name] = module
         elif is_experts(module) and not isinstance(module, FourBitExperts) and name in wanted:
+            check_forward(module, name)
             experts[name] = module
         elif isinstance(module, FourBitLinear | FourBitExperts) and module.four_bit != config:
             raise ValueError(

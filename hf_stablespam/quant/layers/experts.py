@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.formats.number_formats import ScaleKind
 from hf_stablespam.quant.formats.quantizer import amax_of_each
+from hf_stablespam.quant.layers.instance_forward import rebind_forward
 from hf_stablespam.quant.layers.matmul import FourBitMatmul, Recipe, StraightThrough, quantize_weight
 from hf_stablespam.quant.layers.stand_in import StandIn, weight_names
 
@@ -72,6 +73,7 @@ class FourBitExperts(nn.Module):
                 )
         adopted: Any = experts
         adopted.__class__ = _four_bit_class(type(experts))
+        rebind_forward(adopted, adopted.original_class, type(adopted))
         adopted.four_bit, adopted.recipe = config, Recipe.of(config)
         adopted._fixed = 0  # how many `fixed_weights` blocks are open
         adopted.forget_weight()
@@ -81,6 +83,7 @@ class FourBitExperts(nn.Module):
         """Turn the module back into what it was, in place."""
         for name in ("four_bit", "recipe", "_fixed", "_kept"):
             del self.__dict__[name]
+        rebind_forward(self, type(self), self.original_class)
         self.__class__ = self.original_class
         return self
 
