@@ -18,6 +18,8 @@ from hf_stablespam.quant.layers.linear import FourBitLinear
 AUTO_GROUPS = (128, 64, 32)
 # What PEFT trains beside adapters that are layers of its own, and an adapter of ours.
 TRAINED_WHOLE = re.compile(r"(^|\.)(parallel_adapter_|modules_to_save)")
+# What PEFT puts into the name of a layer that has an adapter, and of all others.
+ADAPTED = re.compile(r"^base_model\.model\.|\.base_layer(?=\.|$)")
 
 
 def target_layers(model: nn.Module, config: FourBitConfig) -> dict[str, nn.Module]:
@@ -82,12 +84,17 @@ def _row_lengths(layer: nn.Module) -> list[int]:
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     """A pattern is the whole name, its end after a dot, or a regular expression for all of it."""
-    return _is_named(name, patterns) or any(re.fullmatch(pattern, name) for pattern in patterns)
+    names = {name, ADAPTED.sub("", name)}
+    return _is_named(name, patterns) or any(re.fullmatch(pattern, one) for pattern in patterns for one in names)
 
 
 def _is_named(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a pattern is the layer's name or its end: a regular expression for many layers names none of them."""
-    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+    """Whether a pattern is the layer's name or its end: a regular expression for many layers names none of them.
+
+    The name with and without what PEFT has put into it.
+    """
+    names = (name, ADAPTED.sub("", name))
+    return any(one == pattern or one.endswith("." + pattern) for pattern in patterns for one in names)
 
 
 def _kept_blocks(model: nn.Module, count: int) -> list[str]:
