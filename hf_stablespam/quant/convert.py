@@ -48,7 +48,7 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
 
     Args:
         model: any module. Layers whose type is exactly `nn.Linear` are converted, and modules that hold the experts
-            of a mixture as transformers 5 does, without those named in `modules_to_not_convert`, adapters of PEFT, and
+            of a mixture as transformers 5 does, without what `modules_to_not_convert` names, adapters of PEFT, and
             the last blocks if `keep_last_blocks` says so. Output heads and poolers, what is tied to an embedding, what
             is not called because the model reads its weight itself (Mamba's ``dt_proj``), and the routers of mixtures
             are left alone as well, unless `target_modules` names them.
@@ -58,7 +58,8 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
         `model`.
 
     Raises:
-        ValueError: no layer to convert, a model converted with another configuration, an adapter of PEFT that does not
+        ValueError: no layer to convert, no list of blocks for `keep_last_blocks`, a model converted with another
+            configuration, an adapter of PEFT that does not
             call the layer under it, a layer whose forward somebody has replaced, or a GPT-OSS with packed experts.
         TypeError: a weight that is not floating-point.
 
@@ -117,8 +118,9 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
         )
     if (chosen or experts) and (idle := unmatched(model, config)):
         logger.warning(
-            "%s in target_modules or modules_to_not_convert: no module of the model is called so: it does nothing;"
-            " mend the name, or leave it out",
+            "%s in target_modules or modules_to_not_convert: no module of the model is called so, or only one that"
+            " holds layers, which target_modules and regular expressions must match themselves: it does nothing; mend"
+            " the name, or leave it out",
             ", ".join(map(repr, idle)),
         )
     if chosen or experts:

@@ -73,6 +73,9 @@ def test_converting_twice_is_harmless_and_another_configuration_is_refused() -> 
         ({"modules_to_not_convert": ()}, 12),  # a head must be named
         ({"modules_to_not_convert": (), "target_modules": ".*"}, 12),
         ({"modules_to_not_convert": (), "target_modules": (".*", "lm_head")}, 13),
+        ({"modules_to_not_convert": ("layers.1", "mlp")}, 6),  # what holds layers
+        ({"modules_to_not_convert": "layers.1", "target_modules": ("q_proj", "layers.1.mlp.0")}, 2),
+        ({"modules_to_not_convert": r"(?!.*q_proj).*"}, 3),  # a regular expression is for layers alone
         ({"target_modules": (".*", "lm_head")}, 12),  # what is not to be converted is not
         ({"target_modules": ("q_proj", "v_proj")}, 6),
         ({"target_modules": (r"layers\.[01]\..*",)}, 8),
@@ -125,6 +128,30 @@ def test_a_name_that_nothing_has_is_warned_about(field: str, caplog: pytest.LogC
     assert "'dwon_proj' in target_modules or modules_to_not_convert: no module of the model is called so" in caplog.text
     assert "'up_proj'" not in caplog.text
     assert "lm_head" not in caplog.text  # by default it is left alone, where there is one
+
+
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        ({"modules_to_not_convert": "layers.1"}, False),
+        ({"modules_to_not_convert": "embed"}, False),
+        ({"modules_to_not_convert": r"layers\.[01]"}, True),
+        ({"modules_to_not_convert": r"layers\.[01]\..*"}, False),
+        ({"target_modules": ("layers.1", "q_proj")}, True),
+    ],
+)
+def test_what_holds_layers_may_be_named_to_be_left_alone_only(
+    options: dict, idle: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    convert_to_4bit(Model(), FourBitConfig(**options))
+    assert ("holds layers, which target_modules and regular expressions must match themselves" in caplog.text) is idle
+
+
+def test_last_blocks_of_a_model_without_blocks_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"keep_last_blocks=1 needs an nn.ModuleList .* name the blocks in modules_to"):
+        convert_to_4bit(model, FourBitConfig(keep_last_blocks=1))
+    assert names(model) == set()
 
 
 def test_integer_weights_are_refused_by_name() -> None:
