@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, restore_linear
 
@@ -50,6 +51,38 @@ def test_restoring_gives_back_plain_layers_and_leaves_no_trace() -> None:
     assert type(model.layers[0].q_proj) is nn.Linear
     assert set(vars(model.layers[0].q_proj)) == attributes
     assert model.layers[0].q_proj(torch.ones(1, 8)).shape == (1, 8)
+
+
+def test_restoring_a_part_leaves_the_rest_a_scale_of_its_own() -> None:
+    model = convert_to_4bit(Model(), FourBitConfig.nvfp4())
+    block, x = model.layers[0], torch.ones(1, 8)
+    with torch.no_grad():
+        block.q_proj.weight[0, 0] = 9.0
+    restore_linear(block.q_proj)
+    assert block.k_proj.scale_partners == block.v_proj.scale_partners == (block.k_proj, block.v_proj)
+    assert block.k_proj.shared_amax() < 9.0
+    restore_linear(block.k_proj)
+    assert block.v_proj.scale_partners == ()
+    assert all(layer(x).isfinite().all() for layer in (block.q_proj, block.k_proj, block.v_proj))
+    convert_to_4bit(model, FourBitConfig.nvfp4())
+    assert block.v_proj.scale_partners == (block.q_proj, block.k_proj, block.v_proj)
+
+
+def test_a_class_that_came_after_the_conversion_is_not_dropped() -> None:
+    model, x = convert_to_4bit(Model()), torch.ones(1, 8)
+    layer = model.layers[0].q_proj
+    parametrize.register_parametrization(layer, "weight", nn.Identity())
+    before = layer(x)
+    message = (
+        r"'layers.0.q_proj' must be a FourBitLinear to be restored, got ParametrizedFourBitLinear.*; take it away first"
+    )
+    with pytest.raises(ValueError, match=message):
+        restore_linear(model)
+    assert len(names(model)) == 12  # nothing is restored halfway
+    assert torch.equal(layer(x), before)
+    parametrize.remove_parametrizations(layer, "weight")
+    assert names(restore_linear(model)) == set()
+    assert layer(x).shape == (1, 8)
 
 
 def test_converting_twice_is_harmless_and_another_configuration_is_refused() -> None:

@@ -17,7 +17,8 @@ from hf_stablespam.quant.export.initialization import warn_of_float32_scales, wa
 from hf_stablespam.quant.export.packing import KERNEL_GROUPS, fitting_groups
 from hf_stablespam.quant.export.widths import CONFIG_KEY, text_config
 from hf_stablespam.quant.formats.number_formats import FORMATS, ScaleKind, get_format
-from hf_stablespam.quant.layers.linear import FourBitLinear, check_partners
+from hf_stablespam.quant.layers.checks import check_partners
+from hf_stablespam.quant.layers.linear import FourBitLinear
 
 logger = logging.getLogger(__name__)
 

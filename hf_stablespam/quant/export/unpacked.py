@@ -19,8 +19,9 @@ from hf_stablespam.quant.export.experts import four_bit_experts
 from hf_stablespam.quant.export.state import whole_state_dict
 from hf_stablespam.quant.export.widths import write_widths
 from hf_stablespam.quant.formats.quantizer import quantize
+from hf_stablespam.quant.layers.checks import check_partners
 from hf_stablespam.quant.layers.experts import FourBitExperts, weight_names
-from hf_stablespam.quant.layers.linear import FourBitLinear, check_partners
+from hf_stablespam.quant.layers.linear import FourBitLinear
 
 
 def grid_weight(layer: FourBitLinear) -> Tensor:

@@ -16,7 +16,8 @@ from hf_stablespam.quant.export.gguf.blocks import BLOCK_SIZE, TYPES
 from hf_stablespam.quant.export.gguf.tensors import tensor_plans
 from hf_stablespam.quant.export.gguf.tokenizer import read_vocabulary
 from hf_stablespam.quant.formats.number_formats import ScaleKind, get_format
-from hf_stablespam.quant.layers.linear import FourBitLinear, check_partners
+from hf_stablespam.quant.layers.checks import check_partners
+from hf_stablespam.quant.layers.linear import FourBitLinear
 
 EMBEDDING_TYPES = ("q8_0", "f16", "f32")
 
