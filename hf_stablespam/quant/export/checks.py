@@ -18,6 +18,7 @@ from hf_stablespam.quant.export.packing import KERNEL_GROUPS, fitting_groups
 from hf_stablespam.quant.export.widths import CONFIG_KEY, text_config
 from hf_stablespam.quant.formats.number_formats import FORMATS, ScaleKind, get_format
 from hf_stablespam.quant.layers.checks import check_partners
+from hf_stablespam.quant.layers.experts import weight_names
 from hf_stablespam.quant.layers.linear import FourBitLinear
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def check_packable(
     config = _one_configuration(model)
     check_partners(model)
     _check_format(config, dtype)
-    _check_ties(model, layers)
+    _check_ties(model)
     group = config.group_of("weight")
     failing, why = unpackable(layers, group), stays_unpacked(model, config, group)
     if failing and not leave_unpackable:
@@ -205,9 +206,17 @@ def _check_activations(config: FourBitConfig, calibration: Iterable[Any] | None)
         )
 
 
-def _check_ties(model: nn.Module, layers: Mapping[str, FourBitLinear]) -> None:
+def four_bit_weights(model: nn.Module) -> dict[int, str]:
+    """Ids of the weights that are in 4 bits, and the layer or block of experts that each belongs to."""
+    weights = {id(layer.weight): name for name, layer in four_bit_layers(model).items()}
+    for name, block in four_bit_experts(model).items():
+        weights.update({id(getattr(block, weight)): name for weight in weight_names(block)})
+    return weights
+
+
+def _check_ties(model: nn.Module) -> None:
     owners: dict[int, str] = {}
-    packed = {id(layer.weight): name for name, layer in layers.items()}
+    packed = four_bit_weights(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in packed and owners.setdefault(id(parameter), name) != name:
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from hf_stablespam.quant.config import FourBitConfig
-from hf_stablespam.quant.export.checks import configurations, four_bit_layers
+from hf_stablespam.quant.export.checks import configurations, four_bit_layers, four_bit_weights
 from hf_stablespam.quant.export.experts import four_bit_experts, row_widths
 from hf_stablespam.quant.export.gguf.architectures import architecture_of
 from hf_stablespam.quant.export.gguf.blocks import BLOCK_SIZE, TYPES
@@ -17,7 +17,6 @@ from hf_stablespam.quant.export.gguf.tensors import tensor_plans
 from hf_stablespam.quant.export.gguf.tokenizer import read_vocabulary
 from hf_stablespam.quant.formats.number_formats import ScaleKind, get_format
 from hf_stablespam.quant.layers.checks import check_partners
-from hf_stablespam.quant.layers.linear import FourBitLinear
 
 EMBEDDING_TYPES = ("q8_0", "f16", "f32")
 
@@ -61,7 +60,7 @@ def check_gguf(model: nn.Module, processing_class: Any = None) -> None:
             " whole tensor; train with weight='mxfp4' or 'int4', or export with export_4bit"
         )
     tensor_plans(model, architecture)  # names each tensor, and computes nothing
-    _check_ties(model, layers)
+    _check_ties(model)
     widths = {name: [layer.in_features] for name, layer in layers.items()}
     widths.update({name: row_widths(block) for name, block in experts.items()})
     for config, names in configs.items():
@@ -127,12 +126,12 @@ def _check_rows(widths: Mapping[str, list[int]], config: FourBitConfig) -> None:
             )
 
 
-def _check_ties(model: nn.Module, layers: Mapping[str, FourBitLinear]) -> None:
-    packed = {id(layer.weight): name for name, layer in layers.items()}
+def _check_ties(model: nn.Module) -> None:
+    packed = four_bit_weights(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner = packed.get(id(parameter))
-        if owner is not None and name != f"{owner}.weight":
+        if owner is not None and name.rpartition(".")[0] != owner:
             raise ValueError(
-                f"{owner}.weight and {name} are one tensor, which the file holds once, in high precision; name"
+                f"{owner}.{name.rpartition('.')[2]} and {name} are one tensor, which the file holds once; name"
                 f" {owner!r} in modules_to_not_convert before training"
             )
