@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from hf_stablespam.quant.config import FourBitConfig
+from hf_stablespam.quant.formats.number_formats import get_format
 from hf_stablespam.quant.high_precision import high_precision_layers
 from hf_stablespam.quant.layers.adapters import adapter_parts
 from hf_stablespam.quant.layers.experts import is_experts, weight_names
@@ -73,6 +74,9 @@ def with_group_size(config: FourBitConfig, layers: Mapping[str, nn.Module]) -> F
     """
     if config.group_size != "auto":
         return config
+    formats = [name for name in (config.weight, config.activation, config.gradient) if name is not None]
+    if all(get_format(name).block for name in formats):  # the formats have groups of their own
+        return replace(config, group_size=AUTO_GROUPS[0])
     widths = {name: _row_lengths(layer) for name, layer in layers.items()}
     for size in AUTO_GROUPS:
         if all(width % size == 0 for lengths in widths.values() for width in lengths):
