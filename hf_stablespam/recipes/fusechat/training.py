@@ -24,7 +24,14 @@ from hf_stablespam.quant.export.state import whole_state_dict
 from hf_stablespam.recipes.fusechat.reference import ChecksReference
 from hf_stablespam.recipes.fusechat.report import TABLES_FILE, fusion_report, report_tables, write_report_tables
 from hf_stablespam.recipes.fusechat.settings import NEEDED
-from hf_stablespam.recipes.fusechat.stage_run import FINISHED, StageRun, begin_stage, own_checkpoint, stage_settings
+from hf_stablespam.recipes.fusechat.stage_run import (
+    FINISHED,
+    StageRun,
+    begin_stage,
+    content_hash,
+    own_checkpoint,
+    stage_settings,
+)
 
 if TYPE_CHECKING:
     from trl import DPOConfig, SFTConfig
@@ -102,9 +109,10 @@ def train_target(
             check_packable(model, leave_unpackable=leave_unpackable)
     report, evaluation = fusion_report(dataset), eval_dataset or {}
     folder, last = Path(str(sft_args.output_dir)), Path(str(dpo_args.output_dir))
+    data = {part: content_hash(dataset[part]) for part in ("sft", "dpo")}
 
     def settings(args: Any) -> dict[str, Any]:
-        return stage_settings(args, model, four_bit, peft_config)
+        return stage_settings(args, model, four_bit, peft_config, data)
 
     def train(trainer_class: Any, part: str, policy: Any, args: Any, run: str | None, **more: Any) -> None:
         rows = {"train_dataset": dataset[part], "eval_dataset": evaluation.get(part)}
@@ -189,7 +197,7 @@ def _loaded(folder: Path, like: Any, four_bit: FourBitConfig | None) -> Any:
 
 
 def _check_data(folder: Path, report: Mapping[str, Any], resume: bool) -> None:
-    """Raise where a run of other data would be gone on with.
+    """Raise where a run of data that gave other counts would be gone on with: all that older runs say of theirs.
 
     Raises:
         ValueError: it was one.
