@@ -191,7 +191,8 @@ def _generate(
     with torch.random.fork_rng(devices), torch.inference_mode():
         torch.manual_seed(seed)
         output = model.generate(input_ids=ids, attention_mask=mask, **options)
-    answers: Tensor = output if model.config.is_encoder_decoder else output[:, width:]
+    # A decoder's own first token is no answer, and in BART it is the end token.
+    answers: Tensor = output[:, 1:] if model.config.is_encoder_decoder else output[:, width:]
     ends = torch.tensor(options["eos_token_id"] or [-1], device=device)
     finished = torch.isin(answers, ends).any(1).tolist()
     return list(zip(tokenizer.batch_decode(answers, skip_special_tokens=True), finished, strict=True))

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig
+from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
 
 from hf_stablespam.recipes.fusechat import sample_responses
 from tests.recipes.fusechat.helpers import target, tokenizer
@@ -73,6 +73,21 @@ def test_an_answer_ends_at_the_end_token_and_says_so():
     assert rows["finished"][0] is ends
     model.lm_head.weight.mul_(-1)
     assert sample(model, **options)["finished"][0] is not ends
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_the_token_a_decoder_starts_with_is_no_end(ends):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 32, "d_model": 16, "max_position_embeddings": 64, "forced_eos_token_id": None}
+    shape |= {f"{side}_{name}": 1 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    shape |= {f"{side}_ffn_dim": 16 for side in ("encoder", "decoder")}
+    tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1, "decoder_start_token_id": 1}
+    model = BartForConditionalGeneration(BartConfig(**shape, **tokens))
+    with torch.no_grad():
+        model.final_logits_bias[0, 1] = 1e9 if ends else -1e9
+    rows = sample(model)
+    assert rows["finished"][:] == [ends] * 9
+    assert all((text == "") == ends for text in rows["response"])
 
 
 def test_a_chat_template_is_applied_to_messages_only(caplog):
