@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, load_from_disk
+from datasets import ClassLabel, Dataset, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -264,6 +264,16 @@ def test_the_report_counts_shares_gaps_and_what_was_dropped(tmp_path):
     lost = fusion_report({"sft": Dataset.from_dict({"source": ["A"]}), "dpo": bare["dpo"]})
     assert lost["dropped"] is None
     assert lost["sources"]["A"]["sft_share"] == 1.0
+
+
+def test_sources_that_are_numbers_are_counted_like_others():
+    """A `ClassLabel` column holds integers."""
+    named = [row("p", 0.2, "0"), row("p", 0.15, "0"), row("q", 0.3, "1"), row("q", 0.25, "1")]
+    labels = ClassLabel(names=["llama", "qwen"])
+    numbered = Dataset.from_list([{**r, "source": int(r["source"])} for r in named]).cast_column("source", labels)
+    expected = fusion_report(build(named, sft_fraction=0.5))
+    assert fusion_report(build(numbered, sft_fraction=0.5)) == expected
+    assert sum(source["pairs"] for source in expected["sources"].values()) == 1
 
 
 def test_a_hundred_thousand_rows_take_less_than_five_seconds():
