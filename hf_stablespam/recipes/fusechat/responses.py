@@ -75,6 +75,8 @@ def read_responses(
         if columns[name].null_count:
             row = pc.index(columns[name].is_null(), True).as_py()
             raise ValueError(f"{keys[name]!r} must have a value in every row, row {row} has none; leave such rows out")
+    for name in ("prompt", "response"):
+        _check_texts(columns[name], keys[name])
     if pa.types.is_nested(columns["response"].type) and not pa.types.is_nested(columns["prompt"].type):
         raise ValueError(
             f"{response_key!r} holds chat messages and {prompt_key!r} strings; give both as messages, or the text only"
@@ -158,6 +160,20 @@ def _array(values: list[Any], key: str, name: str) -> pa.ChunkedArray:
             row = next(index for index, value in enumerate(values) if not isinstance(value, bool))
             raise _not_boolean(key, row, values[row]) from None
         raise ValueError(f"{key!r} must have values of one kind in all rows: {error}") from None
+
+
+def _check_texts(column: pa.ChunkedArray, key: str) -> None:
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kept_as_json = isinstance(kind.value_type, pa.BaseExtensionType)  # messages with keys of their own
+        if kept_as_json or (pa.types.is_struct(kind.value_type) and kind.value_type.get_field_index("role") >= 0):
+            return
+    raise ValueError(
+        f"{key!r} must be a string or a list of chat messages (with 'role' and 'content') in every row, row 0 has"
+        f" {column[0].as_py()!r}; make a text of it with str(...), or put a single message into a list"
+    )
 
 
 def _scores(column: pa.ChunkedArray, key: str) -> Floats:

@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,13 @@ def test_wrong_rows(change, error, message):
     rows[1] |= change
     with pytest.raises(error, match=message):
         build(rows, correct="correct" in change, sft_fraction=0.5)
+
+
+@pytest.mark.parametrize("value", [datetime(2024, 1, 5), 5, {"role": "user", "content": "x"}, ["x"], [{"text": "x"}]])
+@pytest.mark.parametrize("name", ["prompt", "response"])
+def test_texts_that_are_none(name, value):
+    with pytest.raises(ValueError, match=f"'{name}' must be a string or a list of chat messages .* row 0 has"):
+        build([{**r, name: value} for r in ROWS])
 
 
 def test_wrong_inputs():
