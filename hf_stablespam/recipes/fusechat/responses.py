@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -148,18 +150,29 @@ def _plain(column: pa.ChunkedArray, key: str, name: str) -> pa.ChunkedArray:
 def _array(values: list[Any], key: str, name: str) -> pa.ChunkedArray:
     """One column of a list of rows."""
     if name == "score" and any(isinstance(value, bool) for value in values):  # Arrow would make numbers of them
-        row = next(index for index, value in enumerate(values) if not _is_number(value))
-        raise _not_a_number(key, row, values[row])
+        return _as_floats(values, key)
     try:
         return pa.chunked_array([pa.array(values)])
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         if name == "score":
-            row = next(index for index, value in enumerate(values) if not _is_number(value))
-            raise _not_a_number(key, row, values[row]) from None
+            return _as_floats(values, key)
         if name == "correct":
-            row = next(index for index, value in enumerate(values) if not isinstance(value, bool))
+            row = next(index for index, value in enumerate(values) if not isinstance(value, (bool, np.bool_)))
             raise _not_boolean(key, row, values[row]) from None
         raise ValueError(f"{key!r} must have values of one kind in all rows: {error}") from None
+
+
+def _as_floats(values: list[Any], key: str) -> pa.ChunkedArray:
+    """Of scores that Arrow has no kind for: integers too large for it are numbers still."""
+    floats = []
+    for row, value in enumerate(values):
+        if not _is_number(value):
+            raise _not_a_number(key, row, value)
+        try:
+            floats.append(float(value))
+        except OverflowError:
+            raise _not_a_number(key, row, math.inf) from None
+    return pa.chunked_array([pa.array(floats, pa.float64())])
 
 
 def _check_texts(column: pa.ChunkedArray, key: str) -> None:
@@ -198,7 +211,7 @@ def _flags(column: pa.ChunkedArray, key: str) -> Booleans:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)  # NumPy's numbers among them
 
 
 def _not_a_number(key: str, row: int, value: Any) -> ValueError:

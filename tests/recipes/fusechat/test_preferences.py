@@ -6,6 +6,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, load_from_disk
 from hypothesis import given, settings
@@ -221,6 +222,23 @@ def test_wrong_rows(change, error, message):
 def test_texts_that_are_none(name, value):
     with pytest.raises(ValueError, match=f"'{name}' must be a string or a list of chat messages .* row 0 has"):
         build([{**r, name: value} for r in ROWS])
+
+
+def test_a_wrong_score_among_numbers_of_numpy_is_the_one_that_is_named():
+    scores = [np.float32(0.1), np.float32(0.2), "bad"]
+    with pytest.raises(ValueError, match="row 2 has 'bad'"):
+        build([row("p", score, response=str(score)) for score in scores])
+
+
+@pytest.mark.parametrize("scores", [[1, 2**70], [0.5, 2**60 + 1], [np.float32(1), 2**70]])
+def test_large_integers_are_scores(scores):
+    data = build([row("p", score) for score in scores], sft_fraction=0.0, max_gap=None)
+    assert data["dpo"]["chosen_reward"][:] == [float(scores[1])]
+
+
+def test_an_integer_without_a_float_is_no_score():
+    with pytest.raises(ValueError, match="'reward' must be a finite number in every row, row 1 has inf"):
+        build([row("p", 1, response="x"), row("p", 10**400, response="y")])
 
 
 def test_wrong_inputs():
