@@ -25,8 +25,10 @@ _OURS = (
     "return_dict_in_generate",
     "num_return_sequences",
     "num_beams",
+    "min_new_tokens",
     "streamer",
 )
+_INSTEAD = {"min_new_tokens": ", and give min_codes: it would begin anew in every chunk"}
 
 
 class Continuations:
@@ -51,9 +53,13 @@ class Continuations:
         min_codes: int = 1,
         use_cache: bool = True,
     ) -> None:
+        config = generate_kwargs.get("generation_config")
+        asked = {*generate_kwargs} | (
+            {"min_new_tokens"} if getattr(config, "min_new_tokens", None) is not None else set()
+        )
         for name in _OURS:
-            if name in generate_kwargs:
-                raise ValueError(f"{name} is set by the search itself; leave it out")
+            if name in asked:
+                raise ValueError(f"{name} is set by the search itself; leave it out{_INSTEAD.get(name, '')}")
         check_rows(model, vocabulary)
         self.model = model
         self.vocabulary = vocabulary
@@ -78,6 +84,8 @@ class Continuations:
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=length,
+            # Nor what the model's own generation config, or one that is passed, says of them.
+            **{"min_new_tokens": None, "num_beams": 1, "num_return_sequences": 1},
             eos_token_id=self.vocabulary.end_id,
             pad_token_id=self.vocabulary.end_id,
             return_dict_in_generate=True,
