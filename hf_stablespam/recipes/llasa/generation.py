@@ -16,6 +16,7 @@ from hf_stablespam.recipes.llasa.vocabulary import SpeechVocabulary, check_rows
 OFFICIAL_SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 1.0, "repetition_penalty": 1.2}
 OFFICIAL_MAX_LENGTH = 2048
 _LENGTHS = ("max_length", "max_new_tokens")
+_UNSET_LENGTH = 20  # `max_length` of a generation config that gives none, before transformers 5
 _OURS = (
     "input_ids",
     "inputs",
@@ -138,10 +139,14 @@ def _sampling(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _max_new_tokens(options: Mapping[str, Any], prompt_length: int) -> int:
-    if options.get("max_new_tokens") is not None:
-        most = options["max_new_tokens"]
-    else:
-        most = (options.get("max_length") or OFFICIAL_MAX_LENGTH) - prompt_length
+    """As `generate` reads them: new tokens before a length, and an option before the generation config passed."""
+    config = options.get("generation_config")
+    given = (options.get("max_new_tokens"), getattr(config, "max_new_tokens", None))
+    most = next((value for value in given if value is not None), None)
+    if most is None:
+        length = getattr(config, "max_length", None)
+        length = None if length == _UNSET_LENGTH else length
+        most = (options.get("max_length") or length or OFFICIAL_MAX_LENGTH) - prompt_length
     if most < 1:
         raise ValueError(
             f"max_length must be above the prompt's {prompt_length} tokens, got {prompt_length + most}; raise it, or "

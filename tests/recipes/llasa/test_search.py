@@ -12,6 +12,7 @@ from hf_stablespam.recipes.llasa import (
     process_beam_search,
     speech_prompt,
 )
+from hf_stablespam.recipes.llasa.generation import Continuations
 from tests.recipes.llasa.helpers import llama, speech_tokenizer
 
 TOKENIZER, VOCABULARY = speech_tokenizer()
@@ -121,6 +122,29 @@ def test_what_a_prompt_may_be(model, search):
             options |= {"beam_width": 2, "expansions": 1, "chunk_size": 3}
         found.append((best_of_n if search == "best of n" else process_beam_search)(model, prompt, mean, **options))
     assert found.count(found[0]) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "most"),
+    [
+        ({"max_new_tokens": 5}, {}, 5),
+        ({"max_new_tokens": 5}, {"max_length": len(PROMPT) + 9}, 5),
+        ({"max_new_tokens": 5}, {"max_new_tokens": 7}, 7),
+        ({"max_length": len(PROMPT) + 6}, {}, 6),
+        ({"max_length": len(PROMPT) + 6}, {"max_length": len(PROMPT) + 9}, 9),
+        ({}, {"max_new_tokens": 3}, 3),
+    ],
+)
+def test_the_length_of_a_generation_config_counts(model, config, options, most):
+    given = {"generation_config": GenerationConfig(do_sample=True, **config), "min_codes": most, **options}
+    torch.manual_seed(0)
+    result = best_of_n(model, PROMPT, mean, 4, vocabulary=VOCABULARY, **given)
+    assert {len(codes) for codes in result.candidates} == {most}
+
+
+def test_a_generation_config_without_a_length_leaves_the_official_one(model):
+    config = GenerationConfig(do_sample=True)
+    assert Continuations(model, PROMPT, VOCABULARY, {"generation_config": config}).max_new_tokens == 2048 - len(PROMPT)
 
 
 @pytest.mark.parametrize("option", [{"min_new_tokens": 5}, {"num_beams": 2}, {"num_return_sequences": 2}])
