@@ -107,8 +107,12 @@ class Continuations:
         return Candidate([*live.codes, *self.vocabulary.decode(new)], finished, parent=parent, row=row)
 
     def _cache_of(self, rows: list[int]) -> dict[str, Any]:
-        """The cache of these rows of the last batch, as `generate` takes it; nothing where there is none to keep."""
-        if self.cache is None or not hasattr(self.cache, "batch_select_indices"):
+        """The cache of these rows of the last batch, as `generate` takes it; nothing where there is none to keep.
+
+        A static cache has the method, but its layers do not: each chunk reads its prefix anew then.
+        """
+        parts = [self.cache, *getattr(self.cache, "layers", ())]
+        if not all(hasattr(part, "batch_select_indices") for part in parts):
             return {}
         self.cache.batch_select_indices(torch.tensor(rows, device=self.prompt.device))
         return {"past_key_values": self.cache}

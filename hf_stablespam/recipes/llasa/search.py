@@ -112,7 +112,7 @@ def process_beam_search(
         final_verifier: who chooses among completed candidates; default None, `verifier`.
         min_codes: codes before a candidate may end.
         use_cache: keep keys and values of the beams from chunk to chunk; False reads each prefix anew, with equal
-            results.
+            results, as is done where rows of a cache cannot be chosen (``cache_implementation="static"``).
         **generate_kwargs: options of `model.generate`, as for `best_of_n`.
 
     Returns:

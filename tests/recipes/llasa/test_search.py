@@ -97,6 +97,24 @@ def test_searching_with_and_without_the_cache_agrees(model, options, until):
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_a_cache_of_which_no_rows_can_be_chosen_is_not_kept(own):
+    model, results = ends_soon(), []
+    for option in ({}, {"cache_implementation": "static"}):
+        model.generation_config = GenerationConfig(**(option if own else {}))
+        torch.manual_seed(0)
+        options = {
+            "vocabulary": VOCABULARY,
+            "chunk_size": 5,
+            "max_new_tokens": 24,
+            **SAMPLING,
+            **({} if own else option),
+        }
+        results.append(process_beam_search(model, PROMPT, mean, **options))
+    assert len(results[0].steps) > 1
+    assert results[0] == results[1]
+
+
 def test_the_official_sampling_holds_where_none_is_asked_for(model):
     official = {"do_sample": True, "temperature": 0.8, "top_p": 1.0, "repetition_penalty": 1.2}
     found = []
