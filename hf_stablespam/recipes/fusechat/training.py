@@ -76,7 +76,8 @@ def train_target(
         peft_config: train an adapter in each stage; it is merged at each stage's end, and DPO's reference is the
             model without it.
         callbacks: for both stages, a copy for each.
-        export: write a packed 4-bit checkpoint at the end: True for the folder ``4bit`` in ``dpo_args.output_dir``,
+        export: write a packed 4-bit checkpoint at the end: True for the folder ``4bit`` in ``dpo_args.output_dir``
+            (without pairs in ``sft_args.output_dir``),
             or another folder. Needs `four_bit`; what cannot be packed is an error before training.
         leave_unpackable: see `export_4bit`.
         resume: go on with the last run in these folders, which was killed: a stage that has ended is passed over,
@@ -84,7 +85,8 @@ def train_target(
             left there counts no more, and is gone on with by no later ``resume=True``.
 
     Returns:
-        The trained model, adapters merged; it lies in ``dpo_args.output_dir`` too.
+        The trained model, adapters merged; it lies in ``dpo_args.output_dir`` too (without pairs in
+        ``sft_args.output_dir``).
 
     Raises:
         ValueError: arguments that exclude each other, a first loss that is not ln 2, nothing to train on, a run of
