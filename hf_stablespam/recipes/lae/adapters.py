@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -18,6 +19,7 @@ from hf_stablespam.recipes.lae.methods.calibrated_lora import CalibratedLinear
 from hf_stablespam.recipes.lae.methods.config import CalibratedPrefixConfig, ParallelAdapterConfig
 
 ONLINE, OFFLINE = "default", "offline"
+_VARIANTS = ("mica",)  # values of init_lora_weights that say how LoRA computes, not only where it starts
 
 
 def add_lae_adapters(model: nn.Module, config: PeftConfig, *, calibrate: bool = True) -> PeftModel:
@@ -65,11 +67,16 @@ def add_lae_adapters(model: nn.Module, config: PeftConfig, *, calibrate: bool = 
 
 def add_expert(peft_model: PeftModel, name: str, like: str = ONLINE) -> None:
     """Add an adapter `name` that is a frozen copy of the adapter `like`; trainability and what is active stay."""
-    config = copy.deepcopy(peft_model.peft_config[like])
+    config: Any = copy.deepcopy(peft_model.peft_config[like])
     config.inference_mode = True
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start not in _VARIANTS:
+        config.init_lora_weights = True  # PiSSA, OLoRA and others would take their start out of the backbone once more
     before = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
     with torch.random.fork_rng(devices=[]):  # what it starts from is overwritten: the run's random numbers stay
         peft_model.add_adapter(name, config)
+    if start is not None:
+        config.init_lora_weights = start  # PEFT keeps this object and saves it
     for parameter, requires_grad in before:
         parameter.requires_grad_(requires_grad)
     for parameter in adapter_parameters(peft_model, name).values():
