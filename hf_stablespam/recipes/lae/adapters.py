@@ -40,7 +40,7 @@ def add_lae_adapters(model: nn.Module, config: PeftConfig, *, calibrate: bool = 
 
     Raises:
         ValueError: a method or a layer that cannot be calibrated, prompt learning, a task type that brings heads of
-            its own, or a model that has adapters already.
+            its own, biases of the backbone to be trained, or a model that has adapters already.
 
     Example:
         >>> from transformers import ViTConfig, ViTModel
@@ -58,6 +58,11 @@ def add_lae_adapters(model: nn.Module, config: PeftConfig, *, calibrate: bool = 
         raise ValueError(
             f"config has task_type={config.task_type} and modules_to_save={getattr(config, 'modules_to_save', None)}; "
             "leave both out: IncrementalClassifier holds the heads"
+        )
+    if isinstance(bias := getattr(config, "bias", None), str) and bias != "none":
+        raise ValueError(
+            f"bias must be 'none', got {bias!r}: the backbone's own biases belong to no expert, so they would neither be"
+            " trained nor averaged; leave bias out"
         )
     peft_model = get_peft_model(model, _prepared(config, calibrate))
     if calibrate and isinstance(config, LoraConfig):

@@ -56,6 +56,8 @@ def two_tasks() -> IncrementalClassifier:
          r"scales LoRA on nn.Linear only, got .*projection \(Conv2d\)"),
         (lambda: add_lae_adapters(tiny_vit(), PrefixTuningConfig(num_virtual_tokens=2)), "CalibratedPrefixConfig"),
         (lambda: add_lae_adapters(tiny_vit(), LoraConfig(task_type=TaskType.SEQ_CLS)), "leave both out"),
+        (lambda: add_lae_adapters(tiny_vit(), LoraConfig(target_modules=["k_proj"], bias="lora_only")),
+         "bias must be 'none', got 'lora_only': the backbone's own biases belong to no expert"),
         (lambda: add_lae_adapters(add_lae_adapters(tiny_vit(), lora()), lora()), "has PEFT adapters already"),
         (lambda: add_lae_adapters(tiny_vit(), ParallelAdapterConfig(target_modules=["layernorm"])),
          "LayerNorm has no linear layer"),
