@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from transformers import PretrainedConfig
 from transformers.utils import ModelOutput
 
@@ -144,6 +145,14 @@ class LAEModel(nn.Module):
         if labels is not None:
             output.loss = local_cross_entropy(output, labels, num_items_in_batch)
         return output
+
+    def train(self, mode: bool = True) -> LAEModel:
+        """Training mode for all but the backbone's batch norms, whose statistics are frozen as its weights are."""
+        super().train(mode)
+        for module in self.peft_model.modules():
+            if isinstance(module, _NormBase):
+                module.eval()
+        return self
 
     def features(self, **inputs: Any) -> torch.Tensor:
         """What the heads see of each sample, by the active expert: (batch, in_features)."""

@@ -1,0 +1,45 @@
+"""The frozen backbone: it stays as it is, lets the gradient through, and takes the offline expert in any dtype."""
+
+import torch
+from transformers import ResNetConfig, ResNetModel
+
+from hf_stablespam.recipes.lae import (
+    IncrementalClassifier,
+    LAEModel,
+    ParallelAdapterConfig,
+    add_lae_adapters,
+    lae_predict,
+)
+from tests.recipes.lae.helpers import WIDTH, Images, train_task
+
+
+def tiny_resnet() -> ResNetModel:
+    torch.manual_seed(0)
+    shape = {"embedding_size": 8, "hidden_sizes": [8, WIDTH], "depths": [1, 1], "layer_type": "basic"}
+    return ResNetModel(ResNetConfig(num_channels=1, **shape))
+
+
+class LargerImages(Images):
+    def __init__(self) -> None:
+        super().__init__()
+        self.images = self.images.repeat(1, 1, 4, 4)
+
+
+def test_statistics_of_batch_norms_stay(tmp_path):
+    backbone = tiny_resnet()
+    before = {name: value.clone() for name, value in backbone.named_buffers()}
+    config = ParallelAdapterConfig(target_modules=r".*stages\.0\.layers\.0")
+    model = LAEModel(add_lae_adapters(backbone, config), IncrementalClassifier(WIDTH), pool="mean")
+    model.classifier.add_task(2)
+    train_task(model, tmp_path / "run", data=LargerImages())
+    after = [*backbone.named_buffers()]
+    assert len(after) == len(before) > 0
+    for value, (_, same) in zip(before.values(), after, strict=True):
+        assert torch.equal(value, same)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = LAEModel.from_pretrained(tiny_resnet(), tmp_path / "saved")
+    inputs = LargerImages().batch()
+    torch.testing.assert_close(lae_predict(loaded, inputs), lae_predict(model, inputs))
+    assert model.train().training
+    assert model.peft_model.training
+    assert not any(module.training for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
