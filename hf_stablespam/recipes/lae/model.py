@@ -160,9 +160,16 @@ class LAEModel(nn.Module):
         return pooled(self.backbone(**inputs), self.pool, inputs.get("attention_mask"))
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """For `TrainingArguments(gradient_checkpointing=True)`."""
+        """For `TrainingArguments(gradient_checkpointing=True)`.
+
+        A re-entrant checkpoint passes gradients on only if its input wants one, which a frozen embedding's output does
+        not.
+        """
         wrapped: Any = self.peft_model.get_base_model()
         wrapped.gradient_checkpointing_enable(**options)
+        chosen = options.get("gradient_checkpointing_kwargs") or {}
+        if chosen.get("use_reentrant", True) and hasattr(wrapped, "enable_input_require_grads"):
+            wrapped.enable_input_require_grads()
 
     def merge_and_unload(self, expert: str | None = None) -> nn.Module:
         """The backbone with one expert merged into its weights; heads and the other expert stay behind.

@@ -1,5 +1,6 @@
 """The frozen backbone: it stays as it is, lets the gradient through, and takes the offline expert in any dtype."""
 
+import pytest
 import torch
 from transformers import ResNetConfig, ResNetModel
 
@@ -10,7 +11,8 @@ from hf_stablespam.recipes.lae import (
     add_lae_adapters,
     lae_predict,
 )
-from tests.recipes.lae.helpers import WIDTH, Images, train_task
+from hf_stablespam.recipes.lae.adapters import adapter_parameters
+from tests.recipes.lae.helpers import WIDTH, Images, train_task, vit_model
 
 
 def tiny_resnet() -> ResNetModel:
@@ -43,3 +45,19 @@ def test_statistics_of_batch_norms_stay(tmp_path):
     assert model.train().training
     assert model.peft_model.training
     assert not any(module.training for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_lets_the_online_expert_learn(reentrant, tmp_path):
+    learned = []
+    for options in (
+        {},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}},
+    ):
+        model = vit_model()
+        train_task(model, tmp_path, **options)
+        learned.append(adapter_parameters(model.peft_model, "default"))
+    for key, value in learned[0].items():
+        torch.testing.assert_close(learned[1][key], value, rtol=0, atol=1e-6)
+    start = adapter_parameters(vit_model().peft_model, "default")
+    assert any(not torch.equal(learned[1][key], value) for key, value in start.items())
