@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -87,6 +88,9 @@ def add_expert(peft_model: PeftModel, name: str, like: str = ONLINE) -> None:
     for parameter in adapter_parameters(peft_model, name).values():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))  # 1e-4 of a bf16 is 0
+    for module in peft_model.modules():
+        if isinstance(module, LNTuningLayer) and name in module.ln_tuning_layers:
+            _take_any_dtype(module.ln_tuning_layers[name])
     copy_expert(peft_model, like, name)
 
 
@@ -151,6 +155,21 @@ def is_calibrated(peft_model: PeftModel) -> bool:
     """With which `calibrate` `add_lae_adapters` makes these adapters from their configuration."""
     own = isinstance(peft_model.peft_config[ONLINE], (ParallelAdapterConfig, CalibratedPrefixConfig))
     return own or any(isinstance(module, CalibratedLinear) for module in peft_model.modules())
+
+
+def _take_any_dtype(norm: nn.Module) -> None:
+    """Compute in the dtype of the norm's weights and answer in that of its input: LN tuning alone replaces a layer."""
+    norm.register_forward_pre_hook(_widen)
+    norm.register_forward_hook(_narrow)
+
+
+def _widen(norm: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    norm.input_dtype = args[0].dtype
+    return (args[0].to(torch.promote_types(args[0].dtype, norm.weight.dtype)), *args[1:])
+
+
+def _narrow(norm: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.to(norm.input_dtype)
 
 
 def _prepared(config: PeftConfig, calibrate: bool) -> PeftConfig:

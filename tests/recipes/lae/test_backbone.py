@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LNTuningConfig
 from transformers import ResNetConfig, ResNetModel
 
 from hf_stablespam.recipes.lae import (
@@ -11,8 +12,8 @@ from hf_stablespam.recipes.lae import (
     add_lae_adapters,
     lae_predict,
 )
-from hf_stablespam.recipes.lae.adapters import adapter_parameters
-from tests.recipes.lae.helpers import WIDTH, Images, train_task, vit_model
+from hf_stablespam.recipes.lae.adapters import adapter_parameters, add_expert
+from tests.recipes.lae.helpers import WIDTH, Images, tiny_llama, tiny_vit, train_task, vit_model
 
 
 def tiny_resnet() -> ResNetModel:
@@ -61,3 +62,27 @@ def test_gradient_checkpointing_lets_the_online_expert_learn(reentrant, tmp_path
         torch.testing.assert_close(learned[1][key], value, rtol=0, atol=1e-6)
     start = adapter_parameters(vit_model().peft_model, "default")
     assert any(not torch.equal(learned[1][key], value) for key, value in start.items())
+
+
+@pytest.mark.parametrize(("backbone", "norm"), [(tiny_llama, "input_layernorm"), (tiny_vit, "layernorm_before")])
+def test_tuned_norms_of_a_bfloat16_model_have_an_average_in_float32(backbone, norm):
+    config = LNTuningConfig(target_modules=[norm])
+    experts = add_lae_adapters(backbone().to(torch.bfloat16), config, calibrate=False)
+    model = LAEModel(experts, IncrementalClassifier(WIDTH), pool="mean")
+    model.classifier.add_task(2)
+    add_expert(experts, "offline")
+    inputs = {"input_ids": torch.tensor([[3, 4, 5]])}
+    if backbone is tiny_vit:
+        inputs = {"pixel_values": Images().images.to(torch.bfloat16)}
+    averages = adapter_parameters(experts, "offline").values()
+    assert {average.dtype for average in averages} == {torch.float32}
+    assert torch.equal(lae_predict(model, inputs, ["offline"]), lae_predict(model, inputs, ["default"]))
+    with torch.no_grad():
+        for average in averages:
+            average.mul_(2)
+    assert not torch.equal(lae_predict(model, inputs, ["offline"]), lae_predict(model, inputs, ["default"]))
+    expected = lae_predict(model, inputs, ["offline"])
+    merged = LAEModel.merge_and_unload(model, "offline").eval()
+    with torch.no_grad():
+        features = merged(**inputs).last_hidden_state.mean(dim=1)
+    torch.testing.assert_close(model.classifier(features).float().softmax(-1), expected)
