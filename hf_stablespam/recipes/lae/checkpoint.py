@@ -98,6 +98,7 @@ def save(model: LAEModel, directory: str | os.PathLike[str]) -> None:
         "labels": model.classifier.labels,
         "experts": list(model.peft_model.peft_config),
         "calibrate": is_calibrated(model.peft_model),
+        "local_loss": model.local_loss,
         "pool": None if callable(model.pool) else model.pool,
     }
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
@@ -119,7 +120,8 @@ def load(cls: type[LAEModel], model: nn.Module, directory: str | os.PathLike[str
         if name != ONLINE:
             add_expert(peft_model, name)
         _load_adapter(peft_model, name, folder if name == ONLINE else folder / name)
-    loaded = cls(peft_model, IncrementalClassifier.load(folder / HEADS), pool)
+    local_loss = described.get("local_loss", True)  # the first folders did not say
+    loaded = cls(peft_model, IncrementalClassifier.load(folder / HEADS), pool, local_loss=local_loss)
     loaded.task = described["task"]
     loaded.tasks_trained.fill_(described["tasks_trained"])
     return loaded
