@@ -23,8 +23,8 @@ ONLINE, OFFLINE = "default", "offline"
 _VARIANTS = ("mica",)  # values of init_lora_weights that say how LoRA computes, not only where it starts
 
 
-def add_lae_adapters(model: nn.Module, config: PeftConfig, *, calibrate: bool = True) -> PeftModel:
-    """Give `model` the online expert: a PEFT adapter called "default", with learnable scalars if calibrated.
+def add_lae_adapters(model: nn.Module, config: PeftConfig, *, calibrate: bool = True, name: str = ONLINE) -> PeftModel:
+    """Give `model` the online expert: a PEFT adapter, with learnable scalars if calibrated.
 
     The offline expert is added by `LAECallback` before the second task.
 
@@ -35,6 +35,7 @@ def add_lae_adapters(model: nn.Module, config: PeftConfig, *, calibrate: bool = 
             ["k_proj", "v_proj"], layers_to_transform=[0, 1, 2, 3, 4], layers_pattern="layers")`.
         calibrate: a learnable scalar times each module, 1 at the start (the paper's adaptation-speed calibration). A
             number given as `scale` of the configuration stays fixed. False: no scalars.
+        name: of the adapter, which `LAECallback(online=...)` then gets.
 
     Returns:
         The `PeftModel`; `LAEModel` takes it.
@@ -65,7 +66,7 @@ def add_lae_adapters(model: nn.Module, config: PeftConfig, *, calibrate: bool = 
             f"bias must be 'none', got {bias!r}: the backbone's own biases belong to no expert, so they would neither be"
             " trained nor averaged; leave bias out"
         )
-    peft_model = get_peft_model(model, _prepared(config, calibrate))
+    peft_model = get_peft_model(model, _prepared(config, calibrate), adapter_name=name)
     if calibrate and isinstance(config, LoraConfig):
         _check_all_calibrated(peft_model)
     return peft_model
@@ -153,8 +154,10 @@ def active_expert(peft_model: PeftModel, name: str) -> Iterator[None]:
 
 def is_calibrated(peft_model: PeftModel) -> bool:
     """With which `calibrate` `add_lae_adapters` makes these adapters from their configuration."""
-    own = isinstance(peft_model.peft_config[ONLINE], (ParallelAdapterConfig, CalibratedPrefixConfig))
-    return own or any(isinstance(module, CalibratedLinear) for module in peft_model.modules())
+    own = (ParallelAdapterConfig, CalibratedPrefixConfig)
+    return any(isinstance(config, own) for config in peft_model.peft_config.values()) or any(
+        isinstance(module, CalibratedLinear) for module in peft_model.modules()
+    )
 
 
 def _take_any_dtype(norm: nn.Module) -> None:

@@ -86,7 +86,7 @@ def _adapters(model: Any) -> set[int]:
 
 
 def save(model: LAEModel, directory: str | os.PathLike[str]) -> None:
-    """Adapters in PEFT's layout (the online one in the folder itself), heads, and a description."""
+    """Adapters in PEFT's layout (one called "default" in the folder itself), heads, and a description."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     model.peft_model.save_pretrained(str(folder))
@@ -113,13 +113,15 @@ def load(cls: type[LAEModel], model: nn.Module, directory: str | os.PathLike[str
     pool = described["pool"] if pool is None else pool
     if pool is None:
         raise ValueError("pool was a function when the model was saved; pass it again: from_pretrained(..., pool=...)")
-    config = PeftConfig.from_pretrained(str(folder))
+    folders = {name: folder if name == ONLINE else folder / name for name in described["experts"]}  # as PEFT saves
+    first = ONLINE if ONLINE in folders else described["experts"][0]
+    config = PeftConfig.from_pretrained(str(folders[first]))
     config.inference_mode = False
-    peft_model = add_lae_adapters(model, config, calibrate=described["calibrate"])
-    for name in described["experts"]:
-        if name != ONLINE:
-            add_expert(peft_model, name)
-        _load_adapter(peft_model, name, folder if name == ONLINE else folder / name)
+    peft_model = add_lae_adapters(model, config, calibrate=described["calibrate"], name=first)
+    for name in folders:
+        if name != first:
+            add_expert(peft_model, name, like=first)
+        _load_adapter(peft_model, name, folders[name])
     local_loss = described.get("local_loss", True)  # the first folders did not say
     loaded = cls(peft_model, IncrementalClassifier.load(folder / HEADS), pool, local_loss=local_loss)
     loaded.task = described["task"]

@@ -1,11 +1,28 @@
 """Adapters under other names, and what a folder remembers of the model."""
 
 import pytest
+import torch
+from peft import get_peft_model
 
-from hf_stablespam.recipes.lae import LAEModel
-from tests.recipes.lae.helpers import tiny_vit, vit_model
+from hf_stablespam.recipes.lae import IncrementalClassifier, LAEModel, lae_predict
+from tests.recipes.lae.helpers import WIDTH, Images, lora, tiny_vit, train_task, vit_model
 
 NAMES = {"online": "fast", "offline": "slow"}
+
+
+def test_experts_of_other_names_are_saved_and_found_again(tmp_path):
+    model = LAEModel(get_peft_model(tiny_vit(), lora(), adapter_name="fast"), IncrementalClassifier(WIDTH))
+    for task in range(2):
+        model.classifier.add_task(2)
+        train_task(model, tmp_path / str(task), task, lae=NAMES, save_strategy="epoch")
+    loaded = LAEModel.from_pretrained(tiny_vit(), tmp_path / "1" / "checkpoint-6")
+    assert list(loaded.peft_model.peft_config) == ["fast", "slow"]
+    for experts in (("fast",), ("slow",), ("fast", "slow")):
+        assert torch.equal(
+            lae_predict(loaded, Images().batch(), experts), lae_predict(model, Images().batch(), experts)
+        )
+    loaded.classifier.add_task(2)
+    train_task(loaded, tmp_path / "2", 2, lae=NAMES)
 
 
 @pytest.mark.parametrize("local_loss", [True, False])
