@@ -106,18 +106,24 @@ def copy_expert(peft_model: PeftModel, source: str, target: str) -> None:
 def adapter_parameters(peft_model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """All parameters of the adapter `name`, under keys that are the same for every adapter."""
     found: dict[str, nn.Parameter] = {}
-    for path, module in peft_model.named_modules():
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            for container in module.adapter_layer_names:
-                held = getattr(module, container, None)
-                if held is None or not hasattr(held, "keys") or name not in held:
-                    continue
-                entry = held[name]
-                if isinstance(entry, nn.Parameter):
-                    found[f"{path}.{container}"] = entry
-                elif isinstance(entry, nn.Module):
-                    found.update({f"{path}.{container}.{key}": value for key, value in entry.named_parameters()})
+    for place, held in adapter_places(peft_model).items():
+        entry = held[name] if name in held else None
+        if isinstance(entry, nn.Parameter):
+            found[place] = entry
+        elif isinstance(entry, nn.Module):
+            found.update({f"{place}.{key}": value for key, value in entry.named_parameters()})
     return found
+
+
+def adapter_places(peft_model: nn.Module) -> dict[str, Any]:
+    """Where adapters have their parameters: the containers of all layers, each with an entry per adapter."""
+    return {
+        f"{path}.{container}": held
+        for path, module in peft_model.named_modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        for container in module.adapter_layer_names
+        if hasattr(held := getattr(module, container, None), "keys")
+    }
 
 
 def check_experts(peft_model: PeftModel, *names: str) -> None:

@@ -11,9 +11,9 @@ from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
 from hf_stablespam.recipes.lae.adapters import (
-    OFFLINE,
     ONLINE,
     adapter_parameters,
+    adapter_places,
     add_expert,
     add_lae_adapters,
     is_calibrated,
@@ -58,7 +58,8 @@ def _check_fits(model: Any, state_dict: dict[str, Any], prefix: str, *others: An
     own |= {f"classifier.{name}" for name in model.classifier.state_dict()}
     saved = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
     missing = sorted(own - saved)
-    extra = sorted(key for key in saved - set(own) if key.startswith("classifier.") or f".{OFFLINE}" in key)
+    places = ("classifier.", *(f"peft_model.{place}." for place in adapter_places(model.peft_model)))
+    extra = sorted(key for key in saved - own if key.startswith(places))
     if missing or extra:
         raise ValueError(
             "the checkpoint is of another task or other adapters: "

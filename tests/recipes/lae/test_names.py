@@ -25,6 +25,15 @@ def test_experts_of_other_names_are_saved_and_found_again(tmp_path):
     train_task(loaded, tmp_path / "2", 2, lae=NAMES)
 
 
+def test_an_average_of_another_name_is_not_dropped_from_a_checkpoint(tmp_path):
+    model = vit_model()
+    train_task(model, tmp_path / "0")
+    model.classifier.add_task(2)
+    train_task(model, tmp_path / "1", 1, lae={"offline": "slow"}, save_strategy="epoch")
+    with pytest.raises(ValueError, match=r"of it not in the model, first peft_model\..*\.slow"):
+        train_task(vit_model(tasks=2), tmp_path / "1", 0, resume=str(tmp_path / "1" / "checkpoint-3"))
+
+
 @pytest.mark.parametrize("local_loss", [True, False])
 def test_the_kind_of_loss_is_remembered(local_loss, tmp_path):
     model = vit_model(tasks=2)
