@@ -63,7 +63,7 @@ def add_lae_adapters(model: nn.Module, config: PeftConfig, *, calibrate: bool = 
         )
     if isinstance(bias := getattr(config, "bias", None), str) and bias != "none":
         raise ValueError(
-            f"bias must be 'none', got {bias!r}: the backbone's own biases belong to no expert, so they would neither be"
+            f"bias must be 'none', got {bias!r}: the backbone's own biases belong to no expert and would be neither"
             " trained nor averaged; leave bias out"
         )
     peft_model = get_peft_model(model, _prepared(config, calibrate), adapter_name=name)
@@ -107,7 +107,9 @@ def adapter_parameters(peft_model: nn.Module, name: str) -> dict[str, nn.Paramet
     """All parameters of the adapter `name`, under keys that are the same for every adapter."""
     found: dict[str, nn.Parameter] = {}
     for place, held in adapter_places(peft_model).items():
-        entry = held[name] if name in held else None
+        if name not in held:
+            continue
+        entry = held[name]
         if isinstance(entry, nn.Parameter):
             found[place] = entry
         elif isinstance(entry, nn.Module):
@@ -161,9 +163,9 @@ def active_expert(peft_model: PeftModel, name: str) -> Iterator[None]:
 def is_calibrated(peft_model: PeftModel) -> bool:
     """With which `calibrate` `add_lae_adapters` makes these adapters from their configuration."""
     own = (ParallelAdapterConfig, CalibratedPrefixConfig)
-    return any(isinstance(config, own) for config in peft_model.peft_config.values()) or any(
-        isinstance(module, CalibratedLinear) for module in peft_model.modules()
-    )
+    if any(isinstance(config, own) for config in peft_model.peft_config.values()):
+        return True
+    return any(isinstance(module, CalibratedLinear) for module in peft_model.modules())
 
 
 def _take_any_dtype(norm: nn.Module) -> None:

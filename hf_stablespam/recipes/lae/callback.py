@@ -57,8 +57,8 @@ class LAECallback(KeepsState, TrainerCallback):
     Raises:
         ValueError: an option out of its range. When the Trainer is made or training begins: a model that is not an
             `LAEModel`, a task without a head or trained already, missing or unequal adapters, no epoch left to train
-            in, epochs to be frozen of data without a length, sharded parameters, a Trainer that was made before the previous task was trained, or from the second
-            task on a checkpoint of a run without this callback.
+            in, epochs to be frozen of data without a length, sharded parameters, a Trainer that was made before the
+            previous task was trained, or from the second task on a checkpoint of a run without this callback.
 
     Example:
         >>> callback = LAECallback(task=1, ema_decay=0.99, num_freeze_epochs=3)
