@@ -226,6 +226,7 @@ def test_arguments_of_the_callback(options, match):
             "does not fit the model",
         ),
         ({"torch_compile": True}, "torch_compile=True does not go with AdaptPruneCallback"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True does not go with AdaptPruneCallback: .* cut again"),
     ],
 )
 def test_arguments_of_the_trainer(options, match, tmp_path):
