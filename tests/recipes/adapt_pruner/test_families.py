@@ -1,4 +1,4 @@
-"""Every dense model class of Llama's shape in transformers: cutting is setting to zero."""
+"""Every dense model class of Llama's shape in transformers: cutting is setting to zero, and a folder brings it back."""
 
 import copy
 
@@ -11,7 +11,9 @@ from hf_stablespam.recipes.adapt_pruner import (
     LayerPlan,
     PruningPlan,
     adapt_prune,
+    load_pruned,
     prune_units,
+    save_pruned,
 )
 from hf_stablespam.recipes.adapt_pruner.model.layers import find_layers
 from tests.recipes.adapt_pruner.models import batches, logits
@@ -32,6 +34,7 @@ TYPES = (
     *("hyperclovax", "llama", "ministral", "mistral", "olmo", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm"),
     "vaultgemma",
 )
+OWN_HEAD_DIM = ("helium", "stablelm")  # follows from the number of heads, whatever config.head_dim says
 SHAPE = {
     **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0},
@@ -66,12 +69,39 @@ def zeroed(model, plan):
 
 @pytest.mark.parametrize("widths", PLANS)
 @pytest.mark.parametrize("name", TYPES)
-def test_cutting_is_setting_to_zero(name, widths):
+def test_cut_saved_and_loaded(name, widths, tmp_path):
     model, plan = model_of(name), PruningPlan(PLANS[widths])
     whole, expected = logits(model), logits(zeroed(model, plan))
     prune_units(model, plan)
     torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-5)
     assert not torch.allclose(expected, whole, atol=1e-3)
+    save_pruned(model, tmp_path)
+    loaded = load_pruned(tmp_path, dtype=torch.float32)
+    assert torch.equal(logits(loaded), logits(model))
+    if widths == "equal" and name not in OWN_HEAD_DIM:
+        assert torch.equal(logits(type(model).from_pretrained(tmp_path, dtype=torch.float32)), logits(model))
+
+
+@pytest.mark.parametrize("name", OWN_HEAD_DIM)
+def test_heads_of_a_class_that_has_its_own_width_of_them(name, tmp_path):
+    model = model_of(name)
+    whole = model.config.num_attention_heads
+    prune_units(model, PruningPlan([LayerPlan(tuple(range(12)), None)] * 2))
+    save_pruned(model, tmp_path / "neurons")  # heads are as they were, so that the config says all
+    plain = type(model).from_pretrained(tmp_path / "neurons", dtype=torch.float32)
+    assert torch.equal(logits(plain), logits(model))
+    prune_units(model, PruningPlan([LayerPlan(None, (0,))] * 2))
+    assert model.config.num_attention_heads == whole
+    model.save_pretrained(tmp_path / "plain")  # as the Trainer saves it, without pruning.json
+    save_pruned(model, tmp_path / "heads")
+    for folder in ("plain", "heads"):
+        loaded = load_pruned(tmp_path / folder, dtype=torch.float32)
+        assert torch.equal(logits(loaded), logits(model))
+        prune_units(loaded, PruningPlan([LayerPlan(tuple(range(6)), None)] * 2))
+    with pytest.raises(Exception, match="load_pruned"):
+        type(model).from_pretrained(tmp_path / "heads")
+    loaded = load_pruned(tmp_path / "heads", dtype=torch.float32)
+    assert adapt_prune(loaded, 0.9, batches(), steps=20, show_progress=False).reached
 
 
 @pytest.mark.parametrize(
