@@ -79,7 +79,7 @@ class OptimizerSurgeon:
 def cut_state(
     state: dict[str, Any], old: Tensor, select: Callable[[Tensor], Tensor], share: float
 ) -> dict[str, Any] | None:
-    """The state of a parameter after it has been cut; `None` where a part of it cannot be (quantized, projected, a list).
+    """The state of a parameter after a cut; `None` where a part of it cannot be (quantized, projected, in a list).
 
     Args:
         state: of the parameter `old`.

@@ -62,7 +62,7 @@ def builds(layer: DecoderLayer, config: Any) -> bool:
 
 
 def _with_heads(config: Any, layer: DecoderLayer) -> Any:
-    """A copy of the config that says how many heads the layer has, and how wide, which else followed from the number."""
+    """A copy of the config with the number of the layer's heads, and their width, which else followed from it."""
     config = copy.deepcopy(config)
     heads = layer.kv_heads
     for name, number in zip(_HEADS, (layer.head_dim, heads, heads * layer.queries), strict=True):

@@ -82,8 +82,8 @@ class AdaptPruneCallback(KeepsState, SavesWidths):
 
     Raises:
         ValueError: an option out of range; when the Trainer is made, more than one process, FSDP, DeepSpeed,
-            ``torch_compile``, ``fp16``, ``load_best_model_at_end`` or ``auto_find_batch_size``; when training begins, a step past its end or
-            before the checkpoint that has no such cut, or a target that cannot be reached.
+            ``torch_compile``, ``fp16``, ``load_best_model_at_end`` or ``auto_find_batch_size``; when training begins, a
+            step past its end or before the checkpoint that has no such cut, or a target that cannot be reached.
         TypeError: when training begins, a model without decoder layers of Llama's shape.
 
     Example:
