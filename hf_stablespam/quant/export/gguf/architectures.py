@@ -11,9 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from hf_stablespam.quant.export.gguf.rope import check_rope
 from hf_stablespam.quant.export.widths import head_width, layer_widths
 
 SILU, TANH_GELU = ("silu",), ("gelu_pytorch_tanh",)
@@ -37,6 +35,8 @@ class Architecture:
         fixed: field of the config → the only value that llama.cpp computes with.
         counts: the same for integers.
         full_heads: llama.cpp takes it that all heads together are as wide as the model.
+        rope_factors: llama.cpp reads a factor for each frequency of the rotary embedding, as Llama 3 has them.
+        rounded_bounds: llama.cpp rounds the bounds of YaRN's ramp, and is known to, where the models do not.
         by_layer: llama.cpp's name for the same with layers of unequal widths; empty: it has none.
         renamed: part of a parameter's name → what gguf's table has for it.
     """
@@ -52,6 +52,8 @@ class Architecture:
     counts: tuple[tuple[str, str], ...] = ()
     fixed: tuple[tuple[str, Any], ...] = ()
     full_heads: bool = False
+    rope_factors: bool = False
+    rounded_bounds: bool = False
     by_layer: str = ""
     renamed: tuple[tuple[str, str], ...] = ()
 
@@ -76,10 +78,12 @@ _SHARED_EXPERT = (("shared_expert_intermediate_size", "add_expert_shared_feed_fo
 _MIXED: tuple[tuple[str, Any], ...] = (("decoder_sparse_step", 1), ("mlp_only_layers", []))
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "LlamaForCausalLM": Architecture("llama", interleaved=True, tensor_scales=True, by_layer="deci"),
-    "MistralForCausalLM": Architecture("llama", interleaved=True, tensor_scales=True, by_layer="deci"),
+    "LlamaForCausalLM": Architecture("llama", interleaved=True, tensor_scales=True, rope_factors=True, by_layer="deci"),
+    "MistralForCausalLM": Architecture(
+        "llama", interleaved=True, tensor_scales=True, rope_factors=True, by_layer="deci"
+    ),
     "SmolLM3ForCausalLM": Architecture("smollm3", interleaved=True, fixed=(("no_rope_layer_interval", 4),)),
-    "GraniteForCausalLM": Architecture("granite", interleaved=True, scalars=_GRANITE),
+    "GraniteForCausalLM": Architecture("granite", interleaved=True, rope_factors=True, scalars=_GRANITE),
     "Qwen2ForCausalLM": Architecture("qwen2", full_heads=True),
     "Qwen3ForCausalLM": Architecture("qwen3", tensor_scales=True),
     "Olmo2ForCausalLM": Architecture("olmo2"),
@@ -90,7 +94,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         "gemma2", norm_offset=1.0, activations=TANH_GELU, sliding_pattern=2, scalars=_SOFTCAPS
     ),
     "Gemma3ForCausalLM": Architecture("gemma3", norm_offset=1.0, activations=TANH_GELU, sliding_pattern=6),
-    "MixtralForCausalLM": Architecture("llama", interleaved=True, tensor_scales=True, counts=_LOCAL_EXPERTS),
+    "MixtralForCausalLM": Architecture(
+        "llama", interleaved=True, tensor_scales=True, rope_factors=True, counts=_LOCAL_EXPERTS
+    ),
     "Qwen2MoeForCausalLM": Architecture(
         "qwen2moe",
         counts=(*_NARROW_EXPERTS, *_SHARED_EXPERT),
@@ -103,6 +109,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "GraniteMoeForCausalLM": Architecture(
         "granitemoe",
         interleaved=True,
+        rope_factors=True,
         scalars=_GRANITE,
         counts=_LOCAL_EXPERTS,
         renamed=((".router.", ".router.layer."),),
@@ -110,6 +117,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "GptOssForCausalLM": Architecture(
         "gpt-oss",
         sliding_pattern=2,
+        rounded_bounds=True,
         counts=(*_LOCAL_EXPERTS, ("intermediate_size", "add_expert_feed_forward_length")),
         fixed=(("swiglu_limit", 7.0),),
     ),
@@ -147,7 +155,7 @@ def architecture_of(model: Any) -> Architecture:
         raise ValueError(f"query_pre_attn_scalar must be the width of a head ({width}), got {scalar!r}; {_NO_REMEDY}")
     if architecture.sliding_pattern and (types := getattr(config, "layer_types", None)):
         _check_layer_types(types, architecture)
-    rope_parameters(config)
+    check_rope(config, architecture.name, factors=architecture.rope_factors, rounded_bounds=architecture.rounded_bounds)
     widths = layer_widths(model)
     if widths.unequal:
         return _with_unequal_widths(architecture)
@@ -189,55 +197,3 @@ def _check_layer_types(types: list[str], architecture: Architecture) -> None:
 
 
 _NO_REMEDY = "export it for another engine: export_4bit"
-
-
-def rope_parameters(config: Any) -> dict[str, Any]:
-    """Base, kind and scaling of the rotary embedding: transformers 5 has them in one field, 4 in two.
-
-    Raises:
-        ValueError: a kind of scaling that is not written directly.
-    """
-    found = getattr(config, "rope_parameters", None)
-    if not found:
-        scaling = dict(getattr(config, "rope_scaling", None) or {})
-        found = {"rope_theta": getattr(config, "rope_theta", 10000.0), **scaling}
-        found["rope_type"] = scaling.get("rope_type", scaling.get("type", "default"))
-        if getattr(config, "rope_local_base_freq", None):
-            found = {"full_attention": found, "sliding_attention": {"rope_theta": config.rope_local_base_freq}}
-    whole = found.get("full_attention", found)
-    local = found.get("sliding_attention", {})
-    parameters = {**whole, "local_theta": local.get("rope_theta")}
-    for kind in (whole.get("rope_type", "default"), local.get("rope_type", "default")):
-        if kind not in ("default", "linear", "llama3", "yarn"):
-            raise ValueError(
-                f"rope_type must be 'default', 'linear', 'llama3' or 'yarn' to be written as GGUF, got {kind!r};"
-                " convert with llama.cpp's convert_hf_to_gguf.py and pack its F16 file: hf-stablespam repack"
-            )
-    return parameters
-
-
-def rope_factors(config: Any) -> Tensor | None:
-    """What Llama 3 divides each frequency of the rotary embedding by, (head / 2); None without that scaling."""
-    rope = rope_parameters(config)
-    if rope.get("rope_type", "default") != "llama3":
-        return None
-    width, trained = head_width(config), rope["original_max_position_embeddings"]
-    frequency = rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-    turns = trained * frequency / (2 * torch.pi)  # of a dimension within the context of the pretraining
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    share = ((turns - low) / (high - low)).clamp(0.0, 1.0)  # of the unscaled frequency
-    return (1.0 / (share + (1.0 - share) / rope["factor"])).float()
-
-
-def interleave(rows: Tensor, heads: int) -> Tensor:
-    """Rows of a query or key projection (or numbers of its bias) in the order of the interleaved rotary embedding.
-
-    Args:
-        rows: (heads · width, …).
-        heads: of this projection.
-
-    Example:
-        >>> interleave(torch.arange(8), heads=2).tolist()
-        [0, 2, 1, 3, 4, 6, 5, 7]
-    """
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)

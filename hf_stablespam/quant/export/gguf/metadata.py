@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_stablespam.quant.export.gguf.architectures import Architecture, rope_parameters
+from hf_stablespam.quant.export.gguf.architectures import Architecture
+from hf_stablespam.quant.export.gguf.rope import rope_parameters, yarn_of
 from hf_stablespam.quant.export.widths import head_width, layer_widths
 
 
@@ -60,9 +61,8 @@ def _add_rope(writer: Any, config: Any, width: int) -> None:
     if kind == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
-    elif kind == "yarn":
+    elif yarn := yarn_of(config):
         writer.add_rope_scaling_type(RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
-        writer.add_rope_scaling_orig_ctx_len(
-            int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
-        )
+        writer.add_rope_scaling_factor(yarn.factor)
+        writer.add_rope_scaling_orig_ctx_len(yarn.trained)
+        writer.add_rope_scaling_attn_factors(yarn.attention)
