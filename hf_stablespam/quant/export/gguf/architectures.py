@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hf_stablespam.quant.export.gguf.rope import check_rope
-from hf_stablespam.quant.export.widths import head_width, layer_widths
+from hf_stablespam.quant.export.gguf.metadata import check_configuration
+from hf_stablespam.quant.export.widths import layer_widths
 
 SILU, TANH_GELU = ("silu",), ("gelu_pytorch_tanh",)
 
@@ -32,7 +32,11 @@ class Architecture:
             0: it knows no window, so that the context ends with it.
         tensor_scales: llama.cpp multiplies by the scale of a whole tensor, which NVFP4 needs.
         scalars: field of the config → name of the metadata's setter in `gguf.GGUFWriter`.
-        fixed: field of the config → the only value that llama.cpp computes with.
+        fixed: field of the config, or of its `rope_parameters` → the only value that llama.cpp computes with.
+        needed: those of `scalars` that llama.cpp takes a number of its own for where there is none.
+        plain_layers: every so many layers one has no rotary embedding, as llama.cpp has it.
+        wide_scalar: the number of layers at which llama.cpp scales attention by hidden_size / heads, and not by the
+            width of a head.
         counts: the same for integers.
         full_heads: llama.cpp takes it that all heads together are as wide as the model.
         rope_factors: llama.cpp reads a factor for each frequency of the rotary embedding, as Llama 3 has them.
@@ -51,6 +55,9 @@ class Architecture:
     scalars: tuple[tuple[str, str], ...] = ()
     counts: tuple[tuple[str, str], ...] = ()
     fixed: tuple[tuple[str, Any], ...] = ()
+    needed: tuple[str, ...] = ()
+    plain_layers: int = 0
+    wide_scalar: int = 0
     full_heads: bool = False
     rope_factors: bool = False
     rounded_bounds: bool = False
@@ -77,35 +84,65 @@ _SHARED_EXPERT = (("shared_expert_intermediate_size", "add_expert_shared_feed_fo
 # Every layer is a mixture there.
 _MIXED: tuple[tuple[str, Any], ...] = (("decoder_sparse_step", 1), ("mlp_only_layers", []))
 
+# Of what other values make llama.cpp has no tensors, or no place for, and does not load the file.
+_NO_BIAS: tuple[tuple[str, Any], ...] = (("attention_bias", False),)
+_UNTIED: tuple[tuple[str, Any], ...] = (("tie_word_embeddings", False),)
+_GEMMA: tuple[tuple[str, Any], ...] = (*_NO_BIAS, ("use_bidirectional_attention", False))
+
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture("llama", interleaved=True, tensor_scales=True, rope_factors=True, by_layer="deci"),
     "MistralForCausalLM": Architecture(
         "llama", interleaved=True, tensor_scales=True, rope_factors=True, by_layer="deci"
     ),
-    "SmolLM3ForCausalLM": Architecture("smollm3", interleaved=True, fixed=(("no_rope_layer_interval", 4),)),
+    "SmolLM3ForCausalLM": Architecture(
+        "smollm3", interleaved=True, plain_layers=4, fixed=(*_NO_BIAS, ("mlp_bias", False))
+    ),
     "GraniteForCausalLM": Architecture("granite", interleaved=True, rope_factors=True, scalars=_GRANITE),
     "Qwen2ForCausalLM": Architecture("qwen2", full_heads=True),
-    "Qwen3ForCausalLM": Architecture("qwen3", tensor_scales=True),
-    "Olmo2ForCausalLM": Architecture("olmo2"),
-    "Phi3ForCausalLM": Architecture("phi3", fixed=(("partial_rotary_factor", 1.0),)),
-    "Starcoder2ForCausalLM": Architecture("starcoder2", activations=TANH_GELU, layer_norm=True),
-    "GemmaForCausalLM": Architecture("gemma", norm_offset=1.0, activations=(*TANH_GELU, "gelu")),
-    "Gemma2ForCausalLM": Architecture(
-        "gemma2", norm_offset=1.0, activations=TANH_GELU, sliding_pattern=2, scalars=_SOFTCAPS
+    "Qwen3ForCausalLM": Architecture("qwen3", tensor_scales=True, fixed=_NO_BIAS),
+    "Olmo2ForCausalLM": Architecture("olmo2", full_heads=True, fixed=(*_NO_BIAS, *_UNTIED)),
+    "Phi3ForCausalLM": Architecture("phi3", full_heads=True, fixed=(("partial_rotary_factor", 1.0),)),
+    "Starcoder2ForCausalLM": Architecture(
+        "starcoder2", activations=TANH_GELU, layer_norm=True, full_heads=True, fixed=(("use_bias", True),)
     ),
-    "Gemma3ForCausalLM": Architecture("gemma3", norm_offset=1.0, activations=TANH_GELU, sliding_pattern=6),
+    "GemmaForCausalLM": Architecture("gemma", norm_offset=1.0, activations=(*TANH_GELU, "gelu"), fixed=_GEMMA),
+    "Gemma2ForCausalLM": Architecture(
+        "gemma2",
+        norm_offset=1.0,
+        activations=TANH_GELU,
+        sliding_pattern=2,
+        scalars=_SOFTCAPS,
+        needed=("attn_logit_softcapping", "final_logit_softcapping"),
+        fixed=_GEMMA,
+        wide_scalar=46,
+    ),
+    "Gemma3ForCausalLM": Architecture(
+        "gemma3",
+        norm_offset=1.0,
+        activations=TANH_GELU,
+        sliding_pattern=6,
+        scalars=_SOFTCAPS[1:],
+        fixed=_GEMMA,
+        wide_scalar=62,
+    ),
     "MixtralForCausalLM": Architecture(
         "llama", interleaved=True, tensor_scales=True, rope_factors=True, counts=_LOCAL_EXPERTS
     ),
     "Qwen2MoeForCausalLM": Architecture(
         "qwen2moe",
         counts=(*_NARROW_EXPERTS, *_SHARED_EXPERT),
-        fixed=(("norm_topk_prob", False), *_MIXED),
+        full_heads=True,
+        fixed=(("norm_topk_prob", False), *_MIXED, *_UNTIED),
     ),
     "Qwen3MoeForCausalLM": Architecture(
-        "qwen3moe", tensor_scales=True, counts=_NARROW_EXPERTS, fixed=(("norm_topk_prob", True), *_MIXED)
+        "qwen3moe", tensor_scales=True, counts=_NARROW_EXPERTS, fixed=(("norm_topk_prob", True), *_MIXED, *_NO_BIAS)
     ),
-    "OlmoeForCausalLM": Architecture("olmoe", counts=_EXPERTS, fixed=(("norm_topk_prob", False), ("clip_qkv", None))),
+    "OlmoeForCausalLM": Architecture(
+        "olmoe",
+        counts=_EXPERTS,
+        full_heads=True,
+        fixed=(("norm_topk_prob", False), ("clip_qkv", None), *_NO_BIAS, *_UNTIED),
+    ),
     "GraniteMoeForCausalLM": Architecture(
         "granitemoe",
         interleaved=True,
@@ -119,7 +156,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         sliding_pattern=2,
         rounded_bounds=True,
         counts=(*_LOCAL_EXPERTS, ("intermediate_size", "add_expert_feed_forward_length")),
-        fixed=(("swiglu_limit", 7.0),),
+        fixed=(("swiglu_limit", 7.0), ("swiglu_alpha", 1.702), ("attention_bias", True), *_UNTIED),
     ),
 }
 
@@ -138,34 +175,9 @@ def architecture_of(model: Any) -> Architecture:
             " convert_hf_to_gguf.py --outtype f16, and pack the result with hf-stablespam repack F16.gguf OUT.gguf"
             " --like RUN"
         )
-    architecture, config = ARCHITECTURES[name], model.config
-    field = "hidden_act" if hasattr(config, "hidden_act") else "hidden_activation"
-    found = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    if found not in architecture.activations:
-        known = " or ".join(map(repr, architecture.activations))
-        raise ValueError(f"{field} must be {known} in llama.cpp's {architecture.name!r}, got {found!r}; {_NO_REMEDY}")
-    for field, value in architecture.fixed:
-        if getattr(config, field, value) not in (value, None):
-            raise ValueError(
-                f"{field} must be {value!r} in llama.cpp's {architecture.name!r}, got {getattr(config, field)!r};"
-                f" {_NO_REMEDY}"
-            )
-    scalar, width = getattr(config, "query_pre_attn_scalar", None), head_width(config)
-    if scalar is not None and scalar not in (width, config.hidden_size // config.num_attention_heads):
-        raise ValueError(f"query_pre_attn_scalar must be the width of a head ({width}), got {scalar!r}; {_NO_REMEDY}")
-    if architecture.sliding_pattern and (types := getattr(config, "layer_types", None)):
-        _check_layer_types(types, architecture)
-    check_rope(config, architecture.name, factors=architecture.rope_factors, rounded_bounds=architecture.rounded_bounds)
-    widths = layer_widths(model)
-    if widths.unequal:
-        return _with_unequal_widths(architecture)
-    needed = config.hidden_size // width
-    if architecture.full_heads and widths.heads != needed:
-        raise ValueError(
-            f"llama.cpp's {architecture.name!r} needs {needed} heads, got {widths.heads}; prune with"
-            " prune_attention=False"
-        )
-    return architecture
+    architecture, widths = ARCHITECTURES[name], layer_widths(model)
+    check_configuration(model.config, architecture, widths)
+    return _with_unequal_widths(architecture) if widths.unequal else architecture
 
 
 def _own_class(model: Any) -> type:
@@ -184,16 +196,3 @@ def _with_unequal_widths(architecture: Architecture) -> Architecture:
             " and Mistral have one); prune with equal_widths=True"
         )
     return replace(architecture, name=architecture.by_layer, tensor_scales=False)
-
-
-def _check_layer_types(types: list[str], architecture: Architecture) -> None:
-    every = architecture.sliding_pattern
-    expected = ["sliding_attention" if (index + 1) % every else "full_attention" for index in range(len(types))]
-    if list(types) != expected:
-        raise ValueError(
-            f"layer_types must have 'full_attention' in every {every}th layer in llama.cpp's {architecture.name!r}, got"
-            f" {types!r}; {_NO_REMEDY}"
-        )
-
-
-_NO_REMEDY = "export it for another engine: export_4bit"

@@ -134,6 +134,25 @@ def test_scaled_rotary_embeddings(name: str, rope: str, tmp_path: Path) -> None:
     assert divergence(model, tmp_path / "model.gguf") < 0.02
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Gemma2ForCausalLM", {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 3.0}),
+        ("Gemma3ForCausalLM", {"final_logit_softcapping": 3.0}),
+        ("Gemma2ForCausalLM", {"head_dim": 64, "query_pre_attn_scalar": 32, "num_hidden_layers": 46}),
+        ("Gemma3ForCausalLM", {"head_dim": 64, "query_pre_attn_scalar": 32, "num_hidden_layers": 62}),
+        ("Qwen2MoeForCausalLM", {"qkv_bias": False}),
+        ("GraniteForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+        ("Qwen3ForCausalLM", {"head_dim": 64}),
+    ],
+)
+def test_options_of_an_architecture(name: str, options: dict, tmp_path: Path) -> None:
+    options = {**({"initializer_range": 0.1} if options.get("num_hidden_layers", 0) > 40 else {}), **options}
+    model = convert_to_4bit(tiny(name, **options), FourBitConfig("int4", None, group_size=32))
+    export_gguf(model, tmp_path / "model.gguf", TOKENIZER, embedding="f32")
+    assert divergence(model, tmp_path / "model.gguf") < 0.02
+
+
 def tokenizers():
     """One for each pre-tokenizer that is known, and SentencePiece's."""
     for parts, name in PRE_TOKENIZERS.items():
