@@ -8,7 +8,7 @@ import torch
 from torch.optim import SGD, Adafactor, AdamW
 
 from hf_stablespam import optim
-from hf_stablespam.optim import StableSPAM, stabilize
+from hf_stablespam.optim import SPAM, StableSPAM, stabilize
 from hf_stablespam.optim.backends import numba_ops
 from tests.optim.common import TOLERANCE, assert_identical, gradients, parameters, snapshot, train
 
@@ -86,6 +86,7 @@ OPTIMIZERS = {
     "adafactor of transformers": transformers_adafactor,
     "lion": Lion,
     "adam mini": AdamMini,
+    "spam": SPAM,
     "lion of bitsandbytes": bitsandbytes("Lion"),
     "8-bit adamw of bitsandbytes": bitsandbytes("AdamW8bit"),
     "8-bit lion of bitsandbytes": bitsandbytes("Lion8bit"),
@@ -372,4 +373,13 @@ def test_sparse_gradients_are_refused():
     optimizer = stabilize(SGD(embedding.parameters(), lr=0.1))
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match=r"dense, got torch\.sparse_coo for a parameter of shape \(4, 2\)"):
+        optimizer.step()
+
+
+def test_a_parameter_of_another_size_than_its_gradient_is_refused():
+    (param,) = parameters((20, 8))
+    optimizer = stabilize(SGD([param], lr=0.1))
+    param.grad = torch.ones(20, 8)
+    param.data = torch.ones(2, 8)
+    with pytest.raises(ValueError, match=r"must have the shape of their parameter, \(2, 8\), got \(20, 8\)"):
         optimizer.step()

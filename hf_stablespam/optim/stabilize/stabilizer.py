@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from hf_stablespam.optim.base import ordered
+from hf_stablespam.optim.base import STABILIZER, ordered
 from hf_stablespam.optim.options import STABLE_SPAM, check_gradient, check_options
 from hf_stablespam.optim.plan import Batch, Result, State
 from hf_stablespam.optim.state.fresh import fresh_trackers
 from hf_stablespam.optim.step import rescale
 
 _TRACKERS = ("step", "clip_max", "norm_mean", "norm_sq")  # what is saved; the others say nothing without moments
-_PREFIX = "stabilizer_"
 
 
 def stabilize(
@@ -163,7 +162,7 @@ class Stabilizer:
         for saved_id, param in zip(saved_ids, self._params(), strict=True):
             if param in self._trackers:
                 values = torch.stack([self._trackers[param][name].double() for name in _TRACKERS]).tolist()
-                named = {_PREFIX + name: value for name, value in zip(_TRACKERS, values, strict=True)}
+                named = {STABILIZER + name: value for name, value in zip(_TRACKERS, values, strict=True)}
                 states[saved_id] = {**states.get(saved_id, {}), **named}
         return {**state_dict, "state": states}
 
@@ -177,7 +176,7 @@ class Stabilizer:
         """
         for param in self._params():
             state = self._optimizer.state.get(param, {})
-            saved = {name: state.pop(_PREFIX + name) for name in _TRACKERS if _PREFIX + name in state}
+            saved = {name: state.pop(STABILIZER + name) for name in _TRACKERS if STABILIZER + name in state}
             if len(saved) == len(_TRACKERS):
                 fresh = fresh_trackers(param)
                 for name, value in saved.items():
