@@ -68,6 +68,16 @@ def test_it_is_the_reference_in_bfloat16(density):
     assert assert_follows_the_reference(params, {**OPTIONS, "threshold": 5000.0}, density, (0.0, 8e-3)) >= 5
 
 
+@pytest.mark.parametrize("density", [1.0, 0.3], ids=["dense", "sparse"])
+def test_small_gradients_do_not_vanish_in_float16(density):
+    """Their squares do, and M/(√V + ε) was M/ε, a thousand times the step."""
+    (half,), (single,) = parameters((8, 8), dtype=torch.float16), parameters((8, 8))
+    for param in (half, single):
+        optimizer = train([param], [[torch.full_like(param, 1e-3)]] * 3, SPAM([param], lr=1e-2, density=density))
+        assert optimizer.state[param]["exp_avg_sq"].dtype == torch.float32
+    torch.testing.assert_close(half.float(), single, rtol=0, atol=TOLERANCE[torch.float16][1])
+
+
 @pytest.mark.parametrize("part", ["threshold", "reset_interval", "warmup_steps", "weight_decay", "clip_delay"])
 def test_each_part_matters(part):
     without = {**OPTIONS, part: {"warmup_steps": 0, "weight_decay": 0.0, "clip_delay": 29}.get(part)}

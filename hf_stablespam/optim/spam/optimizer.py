@@ -17,14 +17,15 @@ from hf_stablespam.optim.state.sparse_mask import draw_mask, empty_mask, kept_en
 
 
 def fresh_spam_state(param: Tensor, group: Options) -> State:
-    """Two counters on the CPU (read by the host), one beside the moments; moments in the parameter's dtype."""
+    """Two counters on the CPU (read by the host), one beside the moments; moments as those of `StableSPAM`."""
     state = {name: torch.zeros((), dtype=torch.float32) for name in ("step", "resets")}
     state["moment_step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+    dtype = torch.float32 if param.dtype == torch.float16 else param.dtype  # where V would underflow
     if group["density"] < 1 and param.dim() == 2:
         state["mask"] = empty_mask(param.numel(), param.device)
         kept = kept_entries(param.numel(), group["density"])
-        return state | {name: torch.zeros(kept, dtype=param.dtype, device=param.device) for name in MOMENTS}
-    return state | {name: torch.zeros_like(param, memory_format=torch.preserve_format) for name in MOMENTS}
+        return state | {name: torch.zeros(kept, dtype=dtype, device=param.device) for name in MOMENTS}
+    return state | {name: torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format) for name in MOMENTS}
 
 
 class SPAM(MeasuringOptimizer):
