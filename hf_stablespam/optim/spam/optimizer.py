@@ -44,8 +44,9 @@ class SPAM(MeasuringOptimizer):
     ``V`` is the second moment as it stands before the step, not bias-corrected. An entry whose ``V`` is still zero
     has no history and is not clipped. With ``density`` below 1 only a random subset of the entries of each
     2-dimensional parameter is trained (and decayed): the moments hold those entries only, one bit per entry says
-    which they are, and each reset draws a new subset. ``t`` counts the tensor's steps. A gradient with ``nan`` or
-    ``inf`` leaves weight, moments and ``k`` of its tensor as they were. ``p.grad`` is not changed.
+    which they are, and each reset draws a new subset. A gradient with ``nan`` or ``inf`` leaves weight, moments and
+    ``k`` of its tensor as they were. ``t`` counts the tensor's steps, those too, and a reset that falls on one is made:
+    which subset is trained is decided on the host, without waiting for the device. ``p.grad`` is not changed.
 
     Where the official code differs: its bias correction goes on counting after a reset, weight decay does nothing
     beside ``density``, and sparse groups overwrite ``p.grad``.
