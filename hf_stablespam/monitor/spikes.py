@@ -71,8 +71,8 @@ class TensorScores:
 class EntryScores:
     """SPAM's gradient spike score: each entry compared with the mean of its own magnitude over time.
 
-    ``score = max_i |g_i| / mean_t |g_i|``, the mean over all steps so far, this one included (arXiv 2501.06842), so
-    that at step t it is at most t. Keeps one float32 number for each trainable parameter.
+    ``score = max_i |g_i| / mean_t |g_i|``, the mean over all gradients so far, this one included (arXiv 2501.06842), so
+    that at the t-th it is at most t. Keeps one float32 number for each trainable parameter.
     """
 
     def __init__(self, shards: Sequence[Tensor]) -> None:
@@ -89,9 +89,10 @@ class EntryScores:
         ]
 
     def update(self, shards: Sequence[Tensor], finite: Tensor) -> list[Tensor]:
-        """The 0-dim score of each gradient shard; where `finite` (N,) is false it is 0 and enters no mean."""
-        self._steps = self._steps + finite
-        weights = finite / self._steps.clamp_min(1)
+        """The 0-dim score of each gradient shard; where it is empty or `finite` (N,) false, 0, and in no mean."""
+        seen = finite & torch.tensor([shard.numel() > 0 for shard in shards], device=finite.device)
+        self._steps = self._steps + seen
+        weights = seen / self._steps.clamp_min(1)
         return [
             _entry_score(mean, shard, weight.to(mean.device))
             for mean, shard, weight in zip(self._means, shards, weights.unbind(), strict=True)

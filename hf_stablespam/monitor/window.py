@@ -43,10 +43,12 @@ class Window:
 
     def follow(self, parts: Parts) -> None:
         """Go on with a model of other tensors; what was gathered stays where the parts have the same names."""
-        if parts.names != self._parts.names:
-            self._clear()
-        self._past, self._steps = self._seen(), 0
+        changed, seen = parts.names != self._parts.names, self._seen()
         self._parts = parts
+        if changed:
+            self._clear()
+        else:
+            self._past, self._steps = seen, 0
 
     def _seen(self) -> list[int]:
         """Entries of each part, summed over the steps since the last report."""

@@ -12,6 +12,8 @@ from hf_stablespam.optim.options import Option, check_group, check_group_names, 
 from hf_stablespam.optim.plan import Options, Result, State
 from hf_stablespam.optim.state.low_bit import restore
 
+STABILIZER = "stabilizer_"  # begins the names of what `stabilize` keeps in a state, for itself
+
 
 class MeasuringOptimizer(Optimizer):
     """An optimizer that checks its options, measures the gradients that it sees, and resumes exactly."""
@@ -105,19 +107,23 @@ class MeasuringOptimizer(Optimizer):
 
         Raises:
             ValueError: if a parameter's state lacks what the next step needs, naming it, or if an optimizer without
-                moments saved no state at all.
+                moments saved no state at all. Nothing is loaded then.
         """
-        loaded: dict[str, Any] = {}
+        restored: dict[Tensor, State] = {}
 
         def prepare(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            states = {index: state for index, state in state_dict["state"].items() if _is_of_a_step(state)}
+            state_dict = {**state_dict, "state": states}
             _check_not_stateless(state_dict)
-            loaded.update(self._before_loading(state_dict))
-            return loaded
+            state_dict = self._before_loading(state_dict)
+            restored.update(self._restored(state_dict))
+            return {**state_dict, "state": {}}
 
-        # torch casts what it loads to the parameter's dtype: bfloat16 trackers would stall, counters lose digits
+        # Before torch touches anything, so that what is refused changes nothing; and torch casts what it loads to the
+        # parameter's dtype: bfloat16 trackers would stall, counters lose digits.
         hooks = [
             self.register_load_state_dict_pre_hook(prepare),
-            self.register_load_state_dict_post_hook(lambda _: self._restore_dtypes(loaded), prepend=True),
+            self.register_load_state_dict_post_hook(lambda _: self.state.update(restored), prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
@@ -125,14 +131,20 @@ class MeasuringOptimizer(Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
-        saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        pairs = [(param, group) for group in self.param_groups for param in group["params"]]
-        for saved_id, (param, group) in zip(saved_ids, pairs, strict=True):
-            if saved_id in state_dict["state"]:
-                fresh, saved = self._fresh_state(param, group), state_dict["state"][saved_id]
-                _check_same_shapes(saved_id, fresh, saved)
-                self.state[param] = {name: restore(fresh[name], saved[name]) for name in fresh}
+    def _restored(self, state_dict: dict[str, Any]) -> dict[Tensor, State]:
+        """The state of each parameter from a saved one, under the options that come with it."""
+        groups, states = list(zip(self.param_groups, state_dict["param_groups"], strict=False)), state_dict["state"]
+        if any(len(own["params"]) != len(saved["params"]) for own, saved in groups):
+            return {}  # of other groups, as torch's own error says
+        new = {}
+        for own, saved in groups:
+            for index, param in zip(saved["params"], own["params"], strict=True):
+                if index in states:
+                    fresh, state = self._fresh_state(param, {**self.defaults, **saved}), states[index]
+                    _check_same_shapes(index, fresh, state)
+                    new[param] = {name: restore(fresh[name], state[name]) for name in fresh}
+                    new[param] |= {name: state[name] for name in state if name.startswith(STABILIZER)}
+        return new
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -140,6 +152,11 @@ class MeasuringOptimizer(Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+
+
+def _is_of_a_step(state: dict[str, Any]) -> bool:
+    """Whether the optimizer itself has saved something; reading ``optimizer.state[param]`` leaves a state empty."""
+    return any(not name.startswith(STABILIZER) for name in state)
 
 
 def _check_not_stateless(state_dict: dict[str, Any]) -> None:

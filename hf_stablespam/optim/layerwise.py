@@ -1,13 +1,18 @@
 """Stable-SPAM inside the backward pass: a parameter is updated, and its gradient freed, once it is complete."""
 
+from collections.abc import Iterable
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_stablespam.optim.options import check_gradient
 from hf_stablespam.optim.plan import Result
 from hf_stablespam.optim.stable_spam import StableSPAM, check_before_step, update
+
+_HOOKS = WeakTensorKeyDictionary()  # of each parameter, the one that updates it
 
 
 class LayerwiseStableSPAM(StableSPAM):
@@ -18,6 +23,9 @@ class LayerwiseStableSPAM(StableSPAM):
     gradients, and so are checkpoints, in both directions. What needs all gradients at once has no place here: gradient
     accumulation, clipping by the global norm, gradient scaling (float16), and processes that share gradients (DDP) or
     parameters (FSDP).
+
+    A parameter belongs to the last optimizer of this class that was made for it. Before one of another kind takes over,
+    delete this one, or call `hf_stablespam.optim.layerwise.remove_hooks(params)`, as the Trainer does at its end.
 
     Args:
         params: as for `StableSPAM`, and so are all other arguments.
@@ -40,9 +48,18 @@ class LayerwiseStableSPAM(StableSPAM):
         """Add parameters with options of their own, as `StableSPAM` does, and hook them."""
         self._updated = getattr(self, "_updated", [])
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
-            if param.requires_grad:
-                param.register_post_accumulate_grad_hook(self._update_one)
+        self._hook(self.param_groups[-1]["params"])
+
+    def hook_parameters(self) -> None:
+        """Update the parameters of all groups during `backward()` again, after `remove_hooks`."""
+        for group in self.param_groups:
+            self._hook(group["params"])
+
+    def _hook(self, params: list[Tensor]) -> None:
+        remove_hooks(params)
+        update = WeakMethod(self._update_one)  # so that the hook goes when the optimizer does
+        for param in (param for param in params if param.requires_grad):
+            _HOOKS[param] = param.register_post_accumulate_grad_hook(lambda one: (update() or _leave)(one))
 
     def _update(self) -> list[Result]:
         """Close the step; the updates were made during `backward()`."""
@@ -66,3 +83,23 @@ class LayerwiseStableSPAM(StableSPAM):
         check_gradient(param, "LayerwiseStableSPAM")
         self._updated += update([(self._batch([param], group), group)])
         param.grad = None
+
+
+def remove_hooks(params: Iterable[Tensor]) -> None:
+    """Let `backward()` accumulate the gradients of these parameters again, whichever optimizer had hooked them.
+
+    Example:
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = LayerwiseStableSPAM(model.parameters())
+        >>> remove_hooks(model.parameters())
+        >>> model(torch.ones(3, 8)).sum().backward()
+        >>> model.bias.grad
+        tensor([3., 3., 3., 3.])
+    """
+    for param in params:
+        if (hook := _HOOKS.pop(param, None)) is not None:
+            hook.remove()
+
+
+def _leave(_: Tensor) -> None:
+    """Nothing is done to a parameter whose optimizer is gone."""

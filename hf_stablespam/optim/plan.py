@@ -158,10 +158,11 @@ def _coefficients(
 def _carry(old: Trackers, factor: Tensor, moment_step: Tensor) -> Tensor:
     """How the old moments enter this step: not at all if it is their first; as they are otherwise, with one exception.
 
-    Moments adopted from AdamW are in the scale of the raw gradient. The first gradient that AdaGN normalises tells
-    the factor between the two scales; ``M·f`` and ``V·f²`` are what normalising would have made of them.
+    Moments adopted from AdamW are in the scale of the raw gradient. The first gradient that AdaGN normalises, one that
+    is not zero, tells the factor between the two scales; ``M·f`` and ``V·f²`` are what normalising would have made of
+    them. Until then all trackers are zero.
     """
-    first = (old.adopted_at > 0) & (old.step == old.adopted_at) & (factor > 0)
+    first = (old.adopted_at > 0) & (old.clip_max + old.norm_mean + old.norm_sq == 0) & (factor > 0)
     return torch.where(moment_step == 1, 0.0, torch.where(first, factor, 1.0))
 
 

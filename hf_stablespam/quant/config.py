@@ -52,13 +52,13 @@ class FourBitConfig:
         mx_scale_rule: ``mxfp4``: ``"even"`` (least error here), ``"floor"`` (the OCP text) or ``"rceil"``.
         scale_dtype: type that the scales of weights are rounded to, in training already, because a checkpoint
             stores them so: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
-        modules_to_not_convert: names of layers to leave alone: a name, the end of a dotted name, or a regular
-            expression for all of it.
-        target_modules: convert only layers with these names, given in the same way; None: every `nn.Linear` but
+        modules_to_not_convert: names of layers to leave alone, or of what holds them (``"model.layers.1"``,
+            ``"self_attn"``): a name, the end of a dotted name, or a regular expression for all of a layer's.
+        target_modules: convert only layers whose own names these are; None: every `nn.Linear` but
             output heads, poolers, what is tied to an embedding, what is not called because the model reads its weight
             itself, and routers. One of those is converted if it is named here (a regular expression names nothing) and
             not in `modules_to_not_convert`.
-        keep_last_blocks: this many of the model's last blocks stay in high precision.
+        keep_last_blocks: this many of the model's last blocks (of an `nn.ModuleList`) stay in high precision.
         adapters: what PEFT's LoRA on a 4-bit layer is added to: ``"separate"``, the usual formula ``Q(W)·x + s·B·A·x``,
             whose merged weight is off the grid; or ``"merged"``, ``Q(W + s·B·A)·x``, so that merging and any export
             give exactly the weights that were trained. LoRA, rank-stabilised LoRA and DoRA, without dropout.

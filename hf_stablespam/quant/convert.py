@@ -15,9 +15,10 @@ from hf_stablespam.quant.direct_reads import directly_read
 from hf_stablespam.quant.formats.number_formats import ScaleKind
 from hf_stablespam.quant.high_precision import high_precision_layers
 from hf_stablespam.quant.layers.adapters import adapter_parts, adopt_adapters, check_adapters, release_adapters
-from hf_stablespam.quant.layers.experts import FourBitExperts, is_experts
+from hf_stablespam.quant.layers.checks import check_class, check_experts, check_weight
+from hf_stablespam.quant.layers.experts import FourBitExperts, four_bit_class, is_experts
 from hf_stablespam.quant.layers.instance_forward import check_forward
-from hf_stablespam.quant.layers.linear import FourBitLinear, check_weight
+from hf_stablespam.quant.layers.linear import FourBitLinear
 from hf_stablespam.quant.parameter_counts import in_words
 from hf_stablespam.quant.target_layers import is_adapter, target_layers, unmatched, with_group_size
 
@@ -48,7 +49,7 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
 
     Args:
         model: any module. Layers whose type is exactly `nn.Linear` are converted, and modules that hold the experts
-            of a mixture as transformers 5 does, without those named in `modules_to_not_convert`, adapters of PEFT, and
+            of a mixture as transformers 5 does, without what `modules_to_not_convert` names, adapters of PEFT, and
             the last blocks if `keep_last_blocks` says so. Output heads and poolers, what is tied to an embedding, what
             is not called because the model reads its weight itself (Mamba's ``dt_proj``), and the routers of mixtures
             are left alone as well, unless `target_modules` names them.
@@ -58,7 +59,8 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
         `model`.
 
     Raises:
-        ValueError: no layer to convert, a model converted with another configuration, an adapter of PEFT that does not
+        ValueError: no layer to convert, no list of blocks for `keep_last_blocks`, a model converted with another
+            configuration, an adapter of PEFT that does not
             call the layer under it, a layer whose forward somebody has replaced, or a GPT-OSS with packed experts.
         TypeError: a weight that is not floating-point.
 
@@ -68,7 +70,7 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
         ('FourBitLinear', ['0.bias', '0.weight', '2.bias', '2.weight'])
     """
     config = config or FourBitConfig()
-    _check_experts(model)
+    check_experts(model)
     wanted = target_layers(model, config)
     config = with_group_size(config, wanted)
     chosen: dict[str, nn.Linear] = {}
@@ -79,6 +81,7 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
             check_forward(module, name)
             chosen[name] = module
         elif is_experts(module) and not isinstance(module, FourBitExperts) and name in wanted:
+            check_forward(module, name)
             experts[name] = module
         elif isinstance(module, FourBitLinear | FourBitExperts) and module.four_bit != config:
             raise ValueError(
@@ -116,8 +119,9 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
         )
     if (chosen or experts) and (idle := unmatched(model, config)):
         logger.warning(
-            "%s in target_modules or modules_to_not_convert: no module of the model is called so: it does nothing;"
-            " mend the name, or leave it out",
+            "%s in target_modules or modules_to_not_convert: no module of the model is called so, or only one that"
+            " holds layers, which target_modules and regular expressions must match themselves: it does nothing; mend"
+            " the name, or leave it out",
             ", ".join(map(repr, idle)),
         )
     if chosen or experts:
@@ -138,11 +142,18 @@ def convert_to_4bit(model: ModelT, config: FourBitConfig | None = None) -> Model
 def restore_linear(model: ModelT) -> ModelT:
     """Turn every `FourBitLinear` of `model` back into a plain `nn.Linear`, and experts into theirs; weights stay.
 
+    Raises:
+        ValueError: a layer that got another class after it was converted, as parametrizations give it; nothing is done.
+
     Example:
         >>> model = restore_linear(convert_to_4bit(nn.Sequential(nn.Linear(8, 8))))
         >>> type(model[0]) is nn.Linear
         True
     """
+    for name, module in model.named_modules():
+        if isinstance(module, FourBitLinear | FourBitExperts):
+            linear = isinstance(module, FourBitLinear)
+            check_class(module, FourBitLinear if linear else four_bit_class(module.original_class), name)
     release_adapters(model)
     for module in list(model.modules()):
         if isinstance(module, FourBitLinear | FourBitExperts):
@@ -175,16 +186,6 @@ def left_alone(model: nn.Module) -> list[str]:
             why = f", whose weight {readers[name]} reads itself" if name in readers else ""
             found[f"{re.sub(r'[.][0-9]+(?=[.]|$)', '.*', name)} ({type(module).__name__}{why})"] += 1
     return [text if count == 1 else f"{text} ×{count}" for text, count in found.items()]
-
-
-def _check_experts(model: nn.Module) -> None:
-    """Raise if experts are packed for inference, as transformers keeps GPT-OSS's where it finds kernels for them."""
-    for name, module in model.named_modules():
-        if type(module).__name__ == "Mxfp4GptOssExperts":
-            raise ValueError(
-                f"{name} must hold its weights as numbers to be trained in 4 bits, got packed MXFP4; load the model"
-                " with from_pretrained(..., quantization_config=Mxfp4Config(dequantize=True)) of transformers"
-            )
 
 
 def _unknown_experts(model: nn.Module) -> set[str]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from hf_stablespam.quant.config import FourBitConfig
+from hf_stablespam.quant.formats.number_formats import get_format
 from hf_stablespam.quant.high_precision import high_precision_layers
 from hf_stablespam.quant.layers.adapters import adapter_parts
 from hf_stablespam.quant.layers.experts import is_experts, weight_names
@@ -18,17 +19,25 @@ from hf_stablespam.quant.layers.linear import FourBitLinear
 AUTO_GROUPS = (128, 64, 32)
 # What PEFT trains beside adapters that are layers of its own, and an adapter of ours.
 TRAINED_WHOLE = re.compile(r"(^|\.)(parallel_adapter_|modules_to_save)")
+# What PEFT puts into the name of a layer that has an adapter, and of all others.
+ADAPTED = re.compile(r"^base_model\.model\.|\.base_layer(?=\.|$)")
 
 
 def target_layers(model: nn.Module, config: FourBitConfig) -> dict[str, nn.Module]:
-    """The linear layers and blocks of experts that the configuration asks for, converted already or not."""
+    """The linear layers and blocks of experts that the configuration asks for, converted already or not.
+
+    Raises:
+        ValueError: `keep_last_blocks`, of a model without a list of blocks.
+    """
     high_precision, kept = high_precision_layers(model), _kept_blocks(model, config.keep_last_blocks)
     adapters = adapter_parts(model)
     wanted = {}
     for name, module in model.named_modules():
-        if type(module) is not nn.Linear and not isinstance(module, FourBitLinear) and not is_experts(module):
+        if not _can_be_4bit(module) or is_adapter(name, adapters):
             continue
-        if _matches(name, config.modules_to_not_convert) or is_adapter(name, adapters):
+        if _matches(name, config.modules_to_not_convert):
+            continue
+        if any(_is_named(container, config.modules_to_not_convert) for container in _containers(name)):
             continue
         if config.target_modules is not None and not _matches(name, config.target_modules):
             continue
@@ -40,11 +49,16 @@ def target_layers(model: nn.Module, config: FourBitConfig) -> dict[str, nn.Modul
 
 
 def unmatched(model: nn.Module, config: FourBitConfig) -> list[str]:
-    """Patterns of the configuration, beside those that it has by default, that no module's name matches."""
+    """Patterns of the configuration, beside those that it has by default, that do nothing.
+
+    `modules_to_not_convert` may name what holds layers; all else, regular expressions too, must match a layer.
+    """
     defaults = FourBitConfig().modules_to_not_convert
-    given = (*(config.target_modules or ()), *(x for x in config.modules_to_not_convert if x not in defaults))
-    names = [name for name, _ in model.named_modules()]
-    return [pattern for pattern in given if not any(_matches(name, (pattern,)) for name in names)]
+    modules = dict(model.named_modules())
+    layers = [name for name, module in modules.items() if _can_be_4bit(module)]
+    left = [x for x in config.modules_to_not_convert if x not in defaults]
+    idle = [x for x in (*(config.target_modules or ()), *left) if not any(_matches(name, (x,)) for name in layers)]
+    return [x for x in idle if x not in left or not any(_is_named(name, (x,)) for name in modules)]
 
 
 def is_adapter(name: str, adapters: set[str]) -> bool:
@@ -60,6 +74,9 @@ def with_group_size(config: FourBitConfig, layers: Mapping[str, nn.Module]) -> F
     """
     if config.group_size != "auto":
         return config
+    formats = [name for name in (config.weight, config.activation, config.gradient) if name is not None]
+    if all(get_format(name).block for name in formats):  # the formats have groups of their own
+        return replace(config, group_size=AUTO_GROUPS[0])
     widths = {name: _row_lengths(layer) for name, layer in layers.items()}
     for size in AUTO_GROUPS:
         if all(width % size == 0 for lengths in widths.values() for width in lengths):
@@ -72,6 +89,11 @@ def with_group_size(config: FourBitConfig, layers: Mapping[str, nn.Module]) -> F
     )
 
 
+def _can_be_4bit(module: nn.Module) -> bool:
+    """Whether it is of a kind that is converted, or is converted already."""
+    return type(module) is nn.Linear or isinstance(module, FourBitLinear) or is_experts(module)
+
+
 def _row_lengths(layer: nn.Module) -> list[int]:
     """Numbers of inputs of a linear layer's, or of the experts', matrices."""
     if isinstance(layer, nn.Linear):
@@ -80,14 +102,25 @@ def _row_lengths(layer: nn.Module) -> list[int]:
     return [getattr(layer, name).shape[inputs] for name in weight_names(layer)]
 
 
+def _containers(name: str) -> list[str]:
+    """Names of the modules that a module is in, but for the model itself."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     """A pattern is the whole name, its end after a dot, or a regular expression for all of it."""
-    return _is_named(name, patterns) or any(re.fullmatch(pattern, name) for pattern in patterns)
+    names = {name, ADAPTED.sub("", name)}
+    return _is_named(name, patterns) or any(re.fullmatch(pattern, one) for pattern in patterns for one in names)
 
 
 def _is_named(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a pattern is the layer's name or its end: a regular expression for many layers names none of them."""
-    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+    """Whether a pattern is the layer's name or its end: a regular expression for many layers names none of them.
+
+    The name with and without what PEFT has put into it.
+    """
+    names = (name, ADAPTED.sub("", name))
+    return any(one == pattern or one.endswith("." + pattern) for pattern in patterns for one in names)
 
 
 def _kept_blocks(model: nn.Module, count: int) -> list[str]:
@@ -97,4 +130,9 @@ def _kept_blocks(model: nn.Module, count: int) -> list[str]:
     lists = {name: child for name, child in model.named_modules() if isinstance(child, nn.ModuleList) and len(child)}
     # Lists inside of blocks (a block's experts or sub-layers) are no lists of blocks.
     outer = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
+    if not outer:
+        raise ValueError(
+            f"keep_last_blocks={count} needs an nn.ModuleList of blocks, and {type(model).__name__} has none: it would"
+            " count for nothing; name the blocks in modules_to_not_convert instead"
+        )
     return [f"{name}.{index}" for name in outer for index in range(max(0, len(lists[name]) - count), len(lists[name]))]

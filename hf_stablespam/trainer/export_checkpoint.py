@@ -47,7 +47,8 @@ def export_checkpoint(
     Args:
         checkpoint: folder written by the Trainer or by `save_pretrained`; of a run's output folder without a model of
             its own, the last checkpoint.
-        output: folder to write to, another than `checkpoint`; for ``"gguf"`` a file.
+        output: folder to write to, another than the one that is read; for ``"gguf"`` a file, and none of the
+            checkpoint's own.
         config: formats and which layers, instead of those noted in the checkpoint.
         to: ``"compressed-tensors"`` (see `export_4bit`), ``"gguf"`` (see `export_gguf`) or ``"unpacked"``: an ordinary
             checkpoint that holds the 4-bit numbers in float32, for other converters.
@@ -58,8 +59,8 @@ def export_checkpoint(
 
     Raises:
         FileNotFoundError: the folder has no ``config.json``.
-        ValueError: the checkpoint has no note and no `config` was given, is cut short or lacks weights, or the model is
-            refused by what writes it.
+        ValueError: `output` is what is read, the checkpoint has no note and no `config` was given, is cut short or
+            lacks weights, or the model is refused by what writes it.
 
     Example:
         >>> export_checkpoint("runs/llama/checkpoint-500", "llama-4bit")  # doctest: +SKIP
@@ -67,8 +68,7 @@ def export_checkpoint(
     """
     if to not in TARGETS:
         raise ValueError(f"to must be one of {', '.join(map(repr, TARGETS))}, got {to!r}")
-    if Path(checkpoint).resolve() == Path(output).resolve():
-        raise ValueError(f"output must be another folder than the checkpoint, got {str(output)!r} for both")
+    refuse_replacing(checkpoint, output)
     model, tokenizer = load_trained(checkpoint, config)
     if to == "gguf":
         export_gguf(model, output, tokenizer, embedding=embedding, overwrite=overwrite)
@@ -76,6 +76,31 @@ def export_checkpoint(
         export_unpacked(model, output, tokenizer)
     else:
         export_4bit(model, output, tokenizer, dtype=dtype, leave_unpackable=leave_unpackable)
+
+
+def refuse_replacing(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
+    """Raise where writing to `output` would replace what a checkpoint consists of.
+
+    Args:
+        checkpoint: the folder to read, or a run's, of which the last checkpoint is read.
+        output: the folder or file to write.
+
+    Raises:
+        ValueError: it is that folder, or a file in it that is there and no GGUF file.
+    """
+    read, written = _checkpoint_of(Path(checkpoint)).resolve(), Path(output).resolve()
+    if written == Path(checkpoint).resolve():
+        raise ValueError(f"output must be another folder than the checkpoint, got {str(output)!r} for both")
+    if written == read:
+        raise ValueError(
+            f"output must be another folder than the checkpoint, got {str(output)!r}, the last one of {checkpoint},"
+            " whose weights would be lost; give a new folder"
+        )
+    if written.is_file() and written.suffix != ".gguf" and written.parent == read:
+        raise ValueError(
+            f"output must be no file of the checkpoint, got {str(output)!r}, which would be lost; give a file that ends"
+            " in .gguf, or one in another folder"
+        )
 
 
 def load_trained(checkpoint: str | os.PathLike[str], config: FourBitConfig | None = None) -> tuple[Any, Any]:

@@ -11,8 +11,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m hf_stablespam repack SOURCE OUTPUT [--like RUN]``."""
     parsed = _parser().parse_args(arguments)
     from hf_stablespam.quant import repack_gguf  # here, because these import torch and transformers
-    from hf_stablespam.trainer.export_checkpoint import load_trained
+    from hf_stablespam.trainer.export_checkpoint import load_trained, refuse_replacing
 
+    if parsed.like:
+        refuse_replacing(parsed.like, parsed.output)
     like = load_trained(parsed.like)[0] if parsed.like else None
     repack_gguf(parsed.source, parsed.output, like, embedding=parsed.embedding, overwrite=parsed.overwrite)
 

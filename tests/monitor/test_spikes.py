@@ -86,3 +86,11 @@ def test_other_tensors_go_on_with_the_means_of_their_places():
     assert found.score.tolist() == pytest.approx([1, 0, 1])
     scores = of_entries.update([torch.full((n,), 8.0) for n in (3, 1, 2)], torch.tensor([True] * 3))
     assert [score.item() for score in scores] == pytest.approx([8 / (20 / 7), 1, 4])
+
+
+def test_steps_without_a_gradient_enter_no_mean_of_entries():
+    tracker, absent = EntryScores([torch.zeros(3)]), torch.zeros(0)
+    for _ in range(60):
+        assert tracker.update([absent], torch.tensor([True]))[0] == 0
+    assert tracker.update([torch.ones(3)], torch.tensor([True]))[0] == 1
+    assert tracker.update([torch.full((3,), 3.0)], torch.tensor([True]))[0] == 1.5

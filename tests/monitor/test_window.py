@@ -117,3 +117,21 @@ def test_shares_are_of_the_entries_that_each_step_had():
     whole.add({"clipped": torch.tensor([1.0, 0.0, 0.0])})
     whole.follow(Parts(["other.weight"], [2], "block", torch.device("cpu")))
     assert whole.take()[0] == {}
+
+
+@pytest.mark.parametrize("others", [NAMES[:1], [*NAMES, "new.weight", "other.weight"]], ids=["fewer", "more"])
+@pytest.mark.parametrize("by", ["block", "tensor"])
+def test_another_number_of_parts_begins_anew(by, others):
+    """Parameters were frozen, or unfrozen, between two logs."""
+    one = window(by)
+    one.add({"clipped": torch.tensor([3.0, 0.0, 0.0])})
+    one.follow(Parts(others, [5] * len(others), by, torch.device("cpu")))
+    assert one.take() == ({}, [])
+    one.follow(Parts(NAMES, ENTRIES, by, torch.device("cpu")))
+    one.add({"clipped": torch.tensor([0.0, 0.0, 2.0])})
+    resumed = window(by)
+    resumed.restore(one.knowledge(), torch.device("cpu"))
+    assert one.knowledge()["entries"][0] == sum(ENTRIES)
+    found = one.take()[0]
+    assert found["clipped_share"] == pytest.approx(2 / 12)
+    assert resumed.take()[0] == found

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_stablespam.optim import StableSPAM
+from hf_stablespam.optim.state import low_bit
 from tests.optim.common import PATHS, assert_identical, gradients, parameters, snapshot, train
 
 paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
@@ -105,6 +106,44 @@ def test_a_bad_gradient_right_after_the_switch_defers_the_rescaling(path):
     train([weight], [[torch.full_like(weight, torch.nan)]], second)
     assert_identical(snapshot(second), before)
     assert_next_step_is_adamws(weight, loss, first, second)
+
+
+@pytest.mark.parametrize("choice", [*PATHS.values(), {"state_bits": 8}, {"state_bits": 4}], ids=[*PATHS, "8", "4"])
+@pytest.mark.parametrize("through_a_checkpoint", [False, True], ids=["at once", "resumed"])
+@pytest.mark.parametrize("scale", [1e-2, 1e4])
+def test_zero_gradients_right_after_the_switch_defer_the_rescaling(choice, through_a_checkpoint, scale):
+    """An expert without tokens, say: the first gradient of all tells nothing of the scale."""
+    if "state_bits" in choice:
+        pytest.importorskip("torchao.optim", reason="low-bit states are torchao's (extra lowbit)")
+    weight, loss, first, second, _ = switched(choice, reset_interval=None, clip_beta=None, scale=scale)
+    twin = torch.nn.Parameter(weight.detach().clone())
+    adamw = torch.optim.AdamW([twin], lr=1e-2, weight_decay=0.0)
+    adamw.load_state_dict(first.state_dict())
+    zeros = [[torch.zeros_like(weight)]] * 3
+    train([weight], zeros, second)
+    train([twin], zeros, adamw)
+    if through_a_checkpoint:
+        saved, second = second.state_dict(), StableSPAM([weight], **choice)
+        second.load_state_dict(saved)
+    run(second, loss, 1)
+    train([twin], [[weight.grad]], adamw)
+    factor = second.statistics["norm_factor"]
+    for name, by in (("exp_avg", factor), ("exp_avg_sq", factor**2)):
+        ours, theirs = low_bit.read(second.state[weight][name], torch.float32), adamw.state[twin][name] * by
+        tolerance = {None: 1e-4, 8: 0.05, 4: 0.3}[choice.get("state_bits")]
+        assert (ours - theirs).norm() < tolerance * theirs.norm(), name
+
+
+@paths
+def test_the_rescaling_comes_once(path):
+    """Gradients whose squares float32 has no numbers for leave v at zero, but not the other trackers."""
+    weight, _, _, second, _ = switched(path, reset_interval=None)
+    tiny = [[torch.full_like(weight, 1e-28)]]
+    train([weight], tiny, second)
+    before = second.state[weight]["exp_avg_sq"].clone()
+    train([weight], tiny, second)
+    assert second.state[weight]["norm_sq"] == 0
+    torch.testing.assert_close(second.state[weight]["exp_avg_sq"], before * 0.999, rtol=1e-3, atol=0)
 
 
 def test_the_log_says_so_in_one_line(caplog):

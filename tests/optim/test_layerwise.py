@@ -1,10 +1,13 @@
 """LayerwiseStableSPAM: the updates of StableSPAM, made during the backward pass, with one gradient alive at a time."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
 
 from hf_stablespam.optim import LayerwiseStableSPAM, StableSPAM
+from hf_stablespam.optim.layerwise import remove_hooks
 from tests.optim.common import assert_identical, snapshot
 
 OPTIONS = {"lr": 1e-2, "reset_interval": 4, "weight_decay": 0.1}
@@ -103,3 +106,39 @@ def test_frozen_parameters_are_left_alone():
     optimizer.step()
     assert torch.equal(frozen.weight, before)
     assert len(optimizer.state) == 2
+
+
+def test_a_second_optimizer_takes_over_the_parameters_of_the_first():
+    model, first = make(LayerwiseStableSPAM)
+    second = LayerwiseStableSPAM(model[2:].parameters(), lr=1e-3)
+    run(model, second, 1)
+    assert [param in first.state for param in model.parameters()] == [True, True, False, False, False, False]
+    assert [param in second.state for param in model.parameters()] == [False, False, True, True, True, True]
+    assert second.statistics["grad_norm"].ne(0).all()
+
+
+@pytest.mark.parametrize("deleted", [True, False], ids=["deleted", "unhooked"])
+def test_another_kind_of_optimizer_trains_afterwards(deleted):
+    model, first = make(LayerwiseStableSPAM)
+    run(model, first, 1)
+    if deleted:
+        del first
+        gc.collect()
+    else:
+        remove_hooks(model.parameters())
+    before = [param.detach().clone() for param in model.parameters()]
+    run(model, torch.optim.SGD(model.parameters(), lr=0.0), 1)
+    assert all(torch.equal(old, param) for old, param in zip(before, model.parameters(), strict=True))
+    run(model, torch.optim.SGD(model.parameters(), lr=0.1), 1)
+    assert not any(torch.equal(old, param) for old, param in zip(before, model.parameters(), strict=True))
+
+
+def test_hooks_come_back():
+    (ours, interrupted), (theirs, straight) = make(LayerwiseStableSPAM), make(LayerwiseStableSPAM)
+    run(ours, interrupted, 2)
+    remove_hooks(ours.parameters())
+    interrupted.hook_parameters()
+    interrupted.hook_parameters()
+    run(ours, interrupted, 2, first=2)
+    run(theirs, straight, 4)
+    assert_identical(snapshot(interrupted), snapshot(straight))

@@ -41,3 +41,13 @@ def test_a_non_finite_gradient_is_passed_over_here_too():
     assert not torch.equal(good, before)
     assert optimizer.statistics["nonfinite"].tolist() == [0, 1]
     assert optimizer.state[bad]["step"] == 0
+
+
+@pytest.mark.parametrize("choice", [{}, *PATHS.values()], ids=["default", *PATHS])
+def test_the_learning_rate_may_be_a_tensor(choice):
+    ours, theirs = parameters((33, 20), (7,), ()), parameters((33, 20), (7,), ())
+    rows = gradients(ours, 3)
+    train(ours, rows, lr=torch.tensor(3e-3), **choice, **OFF)
+    train(theirs, rows, torch.optim.AdamW(theirs, lr=3e-3, weight_decay=0.0))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)

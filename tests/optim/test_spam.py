@@ -68,6 +68,40 @@ def test_it_is_the_reference_in_bfloat16(density):
     assert assert_follows_the_reference(params, {**OPTIONS, "threshold": 5000.0}, density, (0.0, 8e-3)) >= 5
 
 
+@pytest.mark.parametrize("density", [1.0, 0.3], ids=["dense", "sparse"])
+def test_small_gradients_do_not_vanish_in_float16(density):
+    """Their squares do, and M/(√V + ε) was M/ε, a thousand times the step."""
+    (half,), (single,) = parameters((8, 8), dtype=torch.float16), parameters((8, 8))
+    for param in (half, single):
+        optimizer = train([param], [[torch.full_like(param, 1e-3)]] * 3, SPAM([param], lr=1e-2, density=density))
+        assert optimizer.state[param]["exp_avg_sq"].dtype == torch.float32
+    torch.testing.assert_close(half.float(), single, rtol=0, atol=TOLERANCE[torch.float16][1])
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_the_learning_rate_may_be_a_tensor(shape):
+    ours, theirs = parameters(*SHAPES), parameters(*SHAPES)
+    rows = gradients(ours, 3)
+    train(ours, rows, SPAM(ours, lr=torch.full(shape, 1e-2), weight_decay=0.1))
+    train(theirs, rows, SPAM(theirs, lr=1e-2, weight_decay=0.1))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.3], ids=["dense", "sparse"])
+def test_a_reset_that_falls_on_a_gradient_that_is_not_finite_is_made(density):
+    (weight,) = params = parameters((8, 8))
+    optimizer = train(params, gradients(params, 3), SPAM(params, reset_interval=4, density=density))
+    before, kept = weight.detach().clone(), kept_of(optimizer, weight)
+    train(params, [[torch.full((8, 8), torch.nan)]], optimizer)
+    state = optimizer.state[weight]
+    assert (state["step"], state["resets"], state["moment_step"]) == (4, 1, 0)
+    assert torch.equal(weight, before)
+    assert not state["exp_avg"].any()
+    assert torch.equal(kept_of(optimizer, weight), kept) == (density == 1)
+    assert optimizer.statistics["reset"].item() == optimizer.statistics["nonfinite"].item() == 1
+
+
 @pytest.mark.parametrize("part", ["threshold", "reset_interval", "warmup_steps", "weight_decay", "clip_delay"])
 def test_each_part_matters(part):
     without = {**OPTIONS, part: {"warmup_steps": 0, "weight_decay": 0.0, "clip_delay": 29}.get(part)}

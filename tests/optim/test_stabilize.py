@@ -8,7 +8,7 @@ import torch
 from torch.optim import SGD, Adafactor, AdamW
 
 from hf_stablespam import optim
-from hf_stablespam.optim import StableSPAM, stabilize
+from hf_stablespam.optim import SPAM, StableSPAM, stabilize
 from hf_stablespam.optim.backends import numba_ops
 from tests.optim.common import TOLERANCE, assert_identical, gradients, parameters, snapshot, train
 
@@ -86,6 +86,7 @@ OPTIMIZERS = {
     "adafactor of transformers": transformers_adafactor,
     "lion": Lion,
     "adam mini": AdamMini,
+    "spam": SPAM,
     "lion of bitsandbytes": bitsandbytes("Lion"),
     "8-bit adamw of bitsandbytes": bitsandbytes("AdamW8bit"),
     "8-bit lion of bitsandbytes": bitsandbytes("Lion8bit"),
@@ -373,3 +374,124 @@ def test_sparse_gradients_are_refused():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match=r"dense, got torch\.sparse_coo for a parameter of shape \(4, 2\)"):
         optimizer.step()
+
+
+def test_a_parameter_of_another_size_than_its_gradient_is_refused():
+    (param,) = parameters((20, 8))
+    optimizer = stabilize(SGD([param], lr=0.1))
+    param.grad = torch.ones(20, 8)
+    param.data = torch.ones(2, 8)
+    with pytest.raises(ValueError, match=r"must have the shape of their parameter, \(2, 8\), got \(20, 8\)"):
+        optimizer.step()
+
+
+class Parent(torch.optim.Optimizer):
+    """Plain descent, or an error as often as it is told."""
+
+    def __init__(self, params, lr=0.1, errors=0):
+        super().__init__(params, {"lr": lr})
+        self.errors, self.seen = errors, []
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = closure() if closure is not None else None
+        if self.errors:
+            self.errors -= 1
+            raise RuntimeError("no memory")
+        for group in self.param_groups:
+            for param in group["params"]:
+                param -= group["lr"] * param.grad
+        return loss
+
+
+class Heir(Parent):
+    """An optimizer that leaves the step to its parent, and looks at the gradients afterwards."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        self.seen += [param.grad for group in self.param_groups for param in group["params"]]
+        return loss
+
+
+@pytest.mark.parametrize("with_closure", [False, True], ids=["gradients", "closure"])
+def test_a_step_that_calls_its_parents_is_one_step(with_closure):
+    Parent(parameters((1,)))  # from now on torch's hooks are in this class too
+    heirs, plain = parameters((8, 4), (3,)), parameters((8, 4), (3,))
+    rows = gradients(heirs, 5, spike_every=2)
+    optimizer, expected = stabilize(Heir(heirs)), train(plain, rows, stabilize(Parent(plain)))
+    for row in rows:
+
+        def closure(row=row):
+            for param, grad in zip(heirs, row, strict=True):
+                param.grad = grad
+            return 1.5
+
+        if with_closure:
+            assert optimizer.step(closure) == 1.5
+        else:
+            closure()
+            optimizer.step()
+        assert all(param.grad is grad for param, grad in zip(heirs, row, strict=True))
+        assert not any(seen is grad for seen, grad in zip(optimizer.seen[-2:], row, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(heirs, plain, strict=True))
+    assert optimizer.stabilizer.trackers()[heirs[0]]["step"] == 5
+    assert str(optimizer.state_dict()) == str(expected.state_dict())
+
+
+@pytest.mark.parametrize("kind", [Parent, Heir])
+@pytest.mark.parametrize("scheduled", [None, "before", "after"])
+def test_a_step_that_raises_gives_the_gradients_back(kind, scheduled):
+    (weight,), (plain,) = parameters((8, 4)), parameters((8, 4))
+    (first,), (second,) = rows = gradients([weight], 2)
+    optimizer = kind([weight])
+    for when in ("before", "after"):
+        if scheduled == when:
+            torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        if when == "before":
+            stabilize(optimizer)
+    optimizer.errors, weight.grad = 1, first
+    with pytest.raises(RuntimeError, match="no memory"):
+        optimizer.step()
+    assert weight.grad is first
+    weight.grad = second
+    optimizer.step()
+    assert weight.grad is second
+    reference = stabilize(Parent([plain], lr=0.0))
+    train([plain], rows[:1], reference)
+    reference.param_groups[0]["lr"] = 0.1
+    train([plain], rows[1:], reference)
+    assert torch.equal(weight, plain)
+
+
+@pytest.mark.parametrize("kind", [Parent, Heir])
+def test_so_does_the_next_one_where_somebody_calls_the_step_that_was_there_before(kind):
+    """As accelerate's wrapper does with a gradient scaler."""
+    (weight,) = parameters((8, 4))
+    optimizer = kind([weight], errors=1)
+    step = optimizer.step
+    stabilize(optimizer)
+    (first,), (second,) = gradients([weight], 2)
+    weight.grad = first
+    with pytest.raises(RuntimeError, match="no memory"):
+        step()
+    step()
+    assert weight.grad is first
+    weight.grad = second
+    step()
+    assert weight.grad is second
+    assert optimizer.stabilizer.trackers()[weight]["step"] == 3
+
+
+def test_removed_it_leaves_the_step_of_others_in_place():
+    (weight,) = parameters((4,))
+    optimizer = SGD([weight], lr=0.1)
+    step = optimizer.step
+    stabilize(optimizer).stabilizer.remove()
+    assert optimizer.step == step
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    wrapped = optimizer.step
+    stabilize(optimizer).stabilizer.remove()
+    assert optimizer.step is wrapped
+    train([weight], gradients([weight], 1), optimizer)
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.05

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from hf_stablespam.optim import StableSPAM
+from hf_stablespam.optim import SPAM, StableSPAM
 from tests.optim.common import PATHS, assert_identical, gradients, parameters, snapshot, train
 
 SHAPES = [(17, 9), (6,), ()]
@@ -117,3 +117,68 @@ def test_a_state_saved_with_scales_loads_exactly():
     train(params, rows[3:], optimizer)
     train(others, rows[3:], second)
     assert_identical(snapshot(second), snapshot(optimizer))
+
+
+@pytest.mark.parametrize("optimizer_cls", [StableSPAM, SPAM])
+@pytest.mark.parametrize("other", [{"exp_avg": torch.zeros(40, 8)}, {"exp_avg_sq": torch.zeros(8, 4)}], ids=list)
+def test_a_refused_state_changes_nothing(optimizer_cls, other):
+    """Moments of another shape stayed where they were put, and the kernels of the next step wrote past their end."""
+    params = parameters((4, 8), (3,))
+    optimizer = train(params, gradients(params, 2), optimizer_cls(params, lr=0.25))
+    before, group = snapshot(optimizer), dict(optimizer.param_groups[0])
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0] |= other
+    saved["param_groups"][0]["lr"] = 0.5
+    with pytest.raises(ValueError, match=r"parameter 0 must hold exp_avg(_sq)? of shape \(4, 8\), got \("):
+        optimizer.load_state_dict(saved)
+    assert_identical(snapshot(optimizer), before)
+    assert optimizer.param_groups[0] == group
+    train(params, gradients(params, 1), optimizer)
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, StableSPAM], ids=["AdamW", "StableSPAM"])
+def test_a_state_of_larger_or_smaller_parameters_is_refused(make):
+    smaller, larger = parameters((10, 8)), parameters((400, 8))
+    for theirs, ours in ((smaller, larger), (larger, smaller)):
+        saved = train(theirs, gradients(theirs, 1), make(theirs)).state_dict()
+        optimizer = StableSPAM(ours, lr=0.25)
+        with pytest.raises(ValueError, match="parameter 0 must hold exp_avg of shape"):
+            optimizer.load_state_dict(saved)
+        assert not optimizer.state
+        assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize("path", [*PATHS.values(), {}], ids=[*PATHS, "default"])
+@pytest.mark.parametrize(
+    "parts", [{}, {"clip_beta": None, "norm_betas": None, "reset_interval": None}], ids=["on", "off"]
+)
+@pytest.mark.parametrize("size", [2, 400])
+def test_other_data_in_a_parameter_are_refused_before_anything_is_written(path, parts, size):
+    (param,) = params = parameters((20, 8))
+    optimizer = train(params, gradients(params, 1), **path, **parts)
+    before = snapshot(optimizer)
+    param.data = torch.ones(size, 8)
+    with pytest.raises(
+        ValueError, match=rf"shape of their parameter, \({size}, 8\), got \({size}, 8\), \(20, 8\), \(20, 8\)"
+    ):
+        train(params, [[torch.ones(size, 8)]], optimizer)
+    assert torch.equal(param, torch.ones(size, 8))
+    param.data = before[0]["weight"]
+    assert_identical(snapshot(optimizer), before)
+    param.data = torch.ones(size, 8)
+    del optimizer.state[param]
+    train(params, [[torch.ones(size, 8)]], optimizer)
+
+
+@pytest.mark.parametrize("optimizer_cls", [StableSPAM, SPAM])
+def test_an_empty_state_is_no_state(optimizer_cls):
+    """Reading ``optimizer.state[param]`` before its first gradient leaves one behind."""
+    params = parameters((4, 3), (2,))
+    optimizer = optimizer_cls(params)
+    train(params, [[torch.ones(4, 3), None]], optimizer)
+    assert not optimizer.state[params[1]]
+    others = parameters((4, 3), (2,))
+    second = optimizer_cls(others)
+    second.load_state_dict(through_file(optimizer.state_dict()))
+    assert others[1] not in second.state
+    train(others, gradients(others, 1), second)

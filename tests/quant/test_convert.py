@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, restore_linear
 
@@ -52,6 +53,38 @@ def test_restoring_gives_back_plain_layers_and_leaves_no_trace() -> None:
     assert model.layers[0].q_proj(torch.ones(1, 8)).shape == (1, 8)
 
 
+def test_restoring_a_part_leaves_the_rest_a_scale_of_its_own() -> None:
+    model = convert_to_4bit(Model(), FourBitConfig.nvfp4())
+    block, x = model.layers[0], torch.ones(1, 8)
+    with torch.no_grad():
+        block.q_proj.weight[0, 0] = 9.0
+    restore_linear(block.q_proj)
+    assert block.k_proj.scale_partners == block.v_proj.scale_partners == (block.k_proj, block.v_proj)
+    assert block.k_proj.shared_amax() < 9.0
+    restore_linear(block.k_proj)
+    assert block.v_proj.scale_partners == ()
+    assert all(layer(x).isfinite().all() for layer in (block.q_proj, block.k_proj, block.v_proj))
+    convert_to_4bit(model, FourBitConfig.nvfp4())
+    assert block.v_proj.scale_partners == (block.q_proj, block.k_proj, block.v_proj)
+
+
+def test_a_class_that_came_after_the_conversion_is_not_dropped() -> None:
+    model, x = convert_to_4bit(Model()), torch.ones(1, 8)
+    layer = model.layers[0].q_proj
+    parametrize.register_parametrization(layer, "weight", nn.Identity())
+    before = layer(x)
+    message = (
+        r"'layers.0.q_proj' must be a FourBitLinear to be restored, got ParametrizedFourBitLinear.*; take it away first"
+    )
+    with pytest.raises(ValueError, match=message):
+        restore_linear(model)
+    assert len(names(model)) == 12  # nothing is restored halfway
+    assert torch.equal(layer(x), before)
+    parametrize.remove_parametrizations(layer, "weight")
+    assert names(restore_linear(model)) == set()
+    assert layer(x).shape == (1, 8)
+
+
 def test_converting_twice_is_harmless_and_another_configuration_is_refused() -> None:
     model = convert_to_4bit(Model())
     layer = model.layers[0].q_proj
@@ -73,6 +106,9 @@ def test_converting_twice_is_harmless_and_another_configuration_is_refused() -> 
         ({"modules_to_not_convert": ()}, 12),  # a head must be named
         ({"modules_to_not_convert": (), "target_modules": ".*"}, 12),
         ({"modules_to_not_convert": (), "target_modules": (".*", "lm_head")}, 13),
+        ({"modules_to_not_convert": ("layers.1", "mlp")}, 6),  # what holds layers
+        ({"modules_to_not_convert": "layers.1", "target_modules": ("q_proj", "layers.1.mlp.0")}, 2),
+        ({"modules_to_not_convert": r"(?!.*q_proj).*"}, 3),  # a regular expression is for layers alone
         ({"target_modules": (".*", "lm_head")}, 12),  # what is not to be converted is not
         ({"target_modules": ("q_proj", "v_proj")}, 6),
         ({"target_modules": (r"layers\.[01]\..*",)}, 8),
@@ -125,6 +161,30 @@ def test_a_name_that_nothing_has_is_warned_about(field: str, caplog: pytest.LogC
     assert "'dwon_proj' in target_modules or modules_to_not_convert: no module of the model is called so" in caplog.text
     assert "'up_proj'" not in caplog.text
     assert "lm_head" not in caplog.text  # by default it is left alone, where there is one
+
+
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        ({"modules_to_not_convert": "layers.1"}, False),
+        ({"modules_to_not_convert": "embed"}, False),
+        ({"modules_to_not_convert": r"layers\.[01]"}, True),
+        ({"modules_to_not_convert": r"layers\.[01]\..*"}, False),
+        ({"target_modules": ("layers.1", "q_proj")}, True),
+    ],
+)
+def test_what_holds_layers_may_be_named_to_be_left_alone_only(
+    options: dict, idle: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    convert_to_4bit(Model(), FourBitConfig(**options))
+    assert ("holds layers, which target_modules and regular expressions must match themselves" in caplog.text) is idle
+
+
+def test_last_blocks_of_a_model_without_blocks_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"keep_last_blocks=1 needs an nn.ModuleList .* name the blocks in modules_to"):
+        convert_to_4bit(model, FourBitConfig(keep_last_blocks=1))
+    assert names(model) == set()
 
 
 def test_integer_weights_are_refused_by_name() -> None:

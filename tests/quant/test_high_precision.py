@@ -120,6 +120,14 @@ def test_the_largest_group_that_fits_every_row(width: int, expected: int) -> Non
     assert model(torch.ones(2, 128)).shape == (2, 128)
 
 
+def test_formats_with_groups_of_their_own_need_none_that_fits() -> None:
+    model = convert_to_4bit(nn.Sequential(nn.Linear(48, 48)), FourBitConfig("nvfp4", "nvfp4", group_size="auto"))
+    assert model[0].four_bit == FourBitConfig.nvfp4()
+    convert_to_4bit(model, FourBitConfig("nvfp4", "nvfp4", group_size="auto"))
+    with pytest.raises(ValueError, match=r"'auto' must find one of .* 0 has 48"):
+        convert_to_4bit(nn.Sequential(nn.Linear(48, 48)), FourBitConfig("nvfp4", "int4", group_size="auto"))
+
+
 def test_rows_that_no_group_fits_are_named() -> None:
     model = nn.Sequential(nn.Linear(128, 40), nn.Linear(40, 8))
     with pytest.raises(ValueError, match=r"'auto' must find one of 128, 64, 32 .* but 1 has 40; name these layers"):

@@ -48,6 +48,36 @@ def test_export_writes_what_training_computed_with(tmp_path, monkeypatch, spelli
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
 
 
+@pytest.fixture
+def run(tmp_path):
+    """A run whose output folder has a checkpoint and no model of its own."""
+    model = convert_to_4bit(tiny_llama(hidden_size=32, intermediate_size=64), FourBitConfig(group_size=32))
+    model.save_pretrained(tmp_path / "run" / "checkpoint-2")
+    (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2, "log_history": []}')
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("target", ["compressed-tensors", "unpacked"])
+@pytest.mark.parametrize("output", ["checkpoint-2", "../run/checkpoint-2/"])
+def test_export_of_a_run_leaves_the_checkpoint_that_it_reads(run, monkeypatch, capsys, target, output):
+    """Its weights in high precision would be gone: `checkpoint-2` is what `run` stands for."""
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert command(monkeypatch, "export", run, f"{run}/{output}", "--to", target) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"output must be another folder than the checkpoint, got .*, the last one of .*run, whose", error)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_no_file_of_the_checkpoint_is_replaced_by_a_gguf_file(run, monkeypatch, capsys):
+    weights = run / "checkpoint-2" / "model.safetensors"
+    before = weights.read_bytes()
+    arguments = ("export", run, weights, "--to", "gguf", "--overwrite"), ("repack", "no.gguf", weights, "--like", run)
+    for given in arguments:
+        assert command(monkeypatch, *given) == 1
+        assert "output must be no file of the checkpoint" in capsys.readouterr().err
+    assert weights.read_bytes() == before
+
+
 def test_help_of_a_command_comes_without_torch():
     """It takes seconds to import; and options are shown with hyphens only, though underscores are taken too."""
     code = (

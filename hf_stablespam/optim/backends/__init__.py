@@ -36,8 +36,16 @@ class Kind(NamedTuple):
 
 
 def kind_of(param: Tensor, grad: Tensor, state: State) -> Kind:
-    """The kind of a weight, or of this process's part of a sharded one."""
+    """The kind of a weight, or of this process's part of a sharded one; a ValueError if the shapes differ."""
     tensors = [param, grad, state["exp_avg"], state["exp_avg_sq"]] if "exp_avg" in state else [param, grad]
+    shape = param.shape
+    for tensor in tensors:
+        if tensor.shape != shape:  # kernels would read past its end
+            found = ", ".join(str(tuple(other.shape)) for other in tensors[1:])
+            raise ValueError(
+                f"gradient and moments must have the shape of their parameter, {tuple(shape)}, got {found}; "
+                "if other data were put into the parameter, make the optimizer anew, or delete its state[parameter]"
+            )
     dtypes = tuple([tensor.dtype for tensor in tensors])
     return Kind(param.device, tuple(map(type, tensors)), dtypes, share_layout(tensors))
 

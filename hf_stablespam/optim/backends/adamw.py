@@ -2,6 +2,7 @@
 
 from functools import cache
 
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 from hf_stablespam.optim.backends.base import Backend
@@ -29,6 +30,8 @@ class _AdamWUpdate(Backend):
         batch, options = self.batch.pick(finite), self.options
         named = {name: options[name] for name in ("foreach", "fused", "lr", "weight_decay", "eps", "maximize")}
         named |= {"beta1": options["betas"][0], "beta2": options["betas"][1]}
+        if isinstance(options["lr"], Tensor):
+            named["foreach"] = None  # its foreach path takes numbers only
         adamw(
             batch.params,
             batch.grads,

@@ -17,14 +17,15 @@ from hf_stablespam.optim.state.sparse_mask import draw_mask, empty_mask, kept_en
 
 
 def fresh_spam_state(param: Tensor, group: Options) -> State:
-    """Two counters on the CPU (read by the host), one beside the moments; moments in the parameter's dtype."""
+    """Two counters on the CPU (read by the host), one beside the moments; moments as those of `StableSPAM`."""
     state = {name: torch.zeros((), dtype=torch.float32) for name in ("step", "resets")}
     state["moment_step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+    dtype = torch.float32 if param.dtype == torch.float16 else param.dtype  # where V would underflow
     if group["density"] < 1 and param.dim() == 2:
         state["mask"] = empty_mask(param.numel(), param.device)
         kept = kept_entries(param.numel(), group["density"])
-        return state | {name: torch.zeros(kept, dtype=param.dtype, device=param.device) for name in MOMENTS}
-    return state | {name: torch.zeros_like(param, memory_format=torch.preserve_format) for name in MOMENTS}
+        return state | {name: torch.zeros(kept, dtype=dtype, device=param.device) for name in MOMENTS}
+    return state | {name: torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format) for name in MOMENTS}
 
 
 class SPAM(MeasuringOptimizer):
@@ -43,8 +44,9 @@ class SPAM(MeasuringOptimizer):
     ``V`` is the second moment as it stands before the step, not bias-corrected. An entry whose ``V`` is still zero
     has no history and is not clipped. With ``density`` below 1 only a random subset of the entries of each
     2-dimensional parameter is trained (and decayed): the moments hold those entries only, one bit per entry says
-    which they are, and each reset draws a new subset. ``t`` counts the tensor's steps. A gradient with ``nan`` or
-    ``inf`` leaves weight, moments and ``k`` of its tensor as they were. ``p.grad`` is not changed.
+    which they are, and each reset draws a new subset. A gradient with ``nan`` or ``inf`` leaves weight, moments and
+    ``k`` of its tensor as they were. ``t`` counts the tensor's steps, those too, and a reset that falls on one is made:
+    which subset is trained is decided on the host, without waiting for the device. ``p.grad`` is not changed.
 
     Where the official code differs: its bias correction goes on counting after a reset, weight decay does nothing
     beside ``density``, and sparse groups overwrite ``p.grad``.

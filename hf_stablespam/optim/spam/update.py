@@ -62,6 +62,7 @@ def spam_step(param: Tensor, grad: Tensor, state: State, options: Options, warms
         old, grad = (tensor.reshape(-1).index_select(0, kept) for tensor in (param, grad))
 
     lr, (beta1, beta2), k = options["lr"], options["betas"], state["moment_step"] + 1
+    lr = lr.squeeze() if isinstance(lr, Tensor) else lr  # of one element, and the parameter may have no dimension
     weight = old.to(precise, copy=True)
     exp_avg, exp_avg_sq = (state[name].to(precise, copy=True) for name in MOMENTS)
     clipped = torch.zeros_like(grad_max)

@@ -1,20 +1,23 @@
 """AdaClip and AdaGN in front of any torch optimizer, through the hooks that every optimizer has."""
 
+import sys
+from functools import wraps
 from itertools import chain
+from traceback import walk_stack
+from types import FrameType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from hf_stablespam.optim.base import ordered
+from hf_stablespam.optim.base import STABILIZER, ordered
 from hf_stablespam.optim.options import STABLE_SPAM, check_gradient, check_options
 from hf_stablespam.optim.plan import Batch, Result, State
 from hf_stablespam.optim.state.fresh import fresh_trackers
 from hf_stablespam.optim.step import rescale
 
 _TRACKERS = ("step", "clip_max", "norm_mean", "norm_sq")  # what is saved; the others say nothing without moments
-_PREFIX = "stabilizer_"
 
 
 def stabilize(
@@ -34,11 +37,11 @@ def stabilize(
         AdaGN    m ← γ1·m + (1−γ1)·‖g‖        v ← γ2·v + (1−γ2)·‖g‖²
                  g ← g/‖g‖ · m̂/(√v̂+ε)         m̂ = m/(1−γ1ᵗ)       v̂ = v/(1−γ2ᵗ)
 
-    The optimizer sees the new gradients; after the step ``p.grad`` is again the tensor that it was, unchanged. The new
-    ones take the memory of one more set of gradients: during the step, and on the CPU from the first step on, where new
-    memory would cost more each time than all the rest. ``T``, ``m``, ``v`` and ``t`` are saved and loaded with the
-    optimizer's own `state_dict`, under ``stabilizer_…`` in the state of each parameter; `stabilize` may come before or
-    after `load_state_dict`. A pickled or deep-copied optimizer loses its hooks, as all torch hooks: stabilise the copy.
+    The optimizer sees the new gradients; after the step, or if it raises, ``p.grad`` is again the tensor that it was,
+    unchanged. The new ones take the memory of one more set of gradients: during the step, and on the CPU from the first
+    step on, where new memory would cost more each time than all the rest. ``T``, ``m``, ``v`` and ``t`` are saved and
+    loaded with the optimizer's own `state_dict`, under ``stabilizer_…`` in the state of each parameter; `stabilize` may
+    come before or after `load_state_dict`. A pickled or deep-copied optimizer loses its hooks: stabilise the copy.
 
     A gradient with ``nan`` or ``inf`` never enters the trackers. On the CPU the optimizer passes that tensor over
     for the step; on an accelerator, where asking would wait for the device, it sees zeros instead.
@@ -83,7 +86,10 @@ class Stabilizer:
         self._optimizer, self._options = optimizer, options
         self._trackers: dict[Tensor, State] = {}
         self._last_step: list[Result] = []
-        self._found: dict[Tensor, Tensor] = {}  # the gradients as they came, while the optimizer steps
+        self._found: dict[Tensor, Tensor | None] = {}  # the gradients as they came, while the optimizer steps
+        self._stepping: FrameType | None = None  # who called our hook before that step
+        self._step: Any = self._restoring(optimizer.step)
+        optimizer.step = self._step  # type: ignore[method-assign]
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -106,6 +112,8 @@ class Stabilizer:
         """
         for hook in self._hooks:
             hook.remove()
+        if vars(self._optimizer).get("step") == self._step:  # else a wrapper that came later holds it
+            self._optimizer.step = self._step.__wrapped__  # type: ignore[method-assign]
         if self._scales_itself:
             self._optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
         del self._optimizer.stabilizer  # type: ignore[attr-defined]
@@ -123,7 +131,23 @@ class Stabilizer:
     def _params(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self._optimizer.param_groups))
 
+    def _restoring(self, step: Any) -> Any:
+        """A step that gives the gradients back if it raises, when torch calls no hook."""
+
+        @wraps(step)
+        def restoring(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return step(*args, **kwargs)
+            finally:
+                self._restore_gradients()
+
+        return MethodType(restoring, self._optimizer)  # learning rate schedulers want a method
+
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _is_running(self._stepping):  # torch puts hooks into classes: a step that calls its parent's comes by twice
+            return None
+        self._restore_gradients()
+        self._stepping = sys._getframe(1)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
             self._replace_gradients()
@@ -143,17 +167,20 @@ class Stabilizer:
         for param in params:
             check_gradient(param, "stabilize")
         batch = Batch.of(params, self._trackers, fresh_trackers)
-        self._found = dict(zip(batch.params, batch.grads, strict=True))
         for result, grads in rescale([(batch, self._options)] if batch.params else []):
             self._last_step.append(result)
             bad = result.statistics["nonfinite"].unbind()
             for param, grad, is_bad in zip(result.params, grads, bad, strict=True):
-                param.grad = None if grad.is_cpu and is_bad else grad
+                self._found[param], param.grad = param.grad, None if grad.is_cpu and is_bad else grad
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if sys._getframe(1) is self._stepping:
+            self._restore_gradients()
+
+    def _restore_gradients(self) -> None:
         for param, grad in self._found.items():
             param.grad = grad
-        self._found = {}
+        self._found, self._stepping = {}, None
 
     def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Add the trackers, as numbers: loading casts tensors to the parameter's dtype, which may be coarser."""
@@ -163,7 +190,7 @@ class Stabilizer:
         for saved_id, param in zip(saved_ids, self._params(), strict=True):
             if param in self._trackers:
                 values = torch.stack([self._trackers[param][name].double() for name in _TRACKERS]).tolist()
-                named = {_PREFIX + name: value for name, value in zip(_TRACKERS, values, strict=True)}
+                named = {STABILIZER + name: value for name, value in zip(_TRACKERS, values, strict=True)}
                 states[saved_id] = {**states.get(saved_id, {}), **named}
         return {**state_dict, "state": states}
 
@@ -177,7 +204,7 @@ class Stabilizer:
         """
         for param in self._params():
             state = self._optimizer.state.get(param, {})
-            saved = {name: state.pop(_PREFIX + name) for name in _TRACKERS if _PREFIX + name in state}
+            saved = {name: state.pop(STABILIZER + name) for name in _TRACKERS if STABILIZER + name in state}
             if len(saved) == len(_TRACKERS):
                 fresh = fresh_trackers(param)
                 for name, value in saved.items():
@@ -191,6 +218,11 @@ def check_stabilize_options(clip_beta: Any, norm_betas: Any, eps: Any) -> dict[s
     check_options({name: STABLE_SPAM[name] for name in given}, given)
     off = {"reset_interval": None, "decay_steps": None, "weight_decay": 0.0, "lr": 0.0}
     return {name: option.default for name, option in STABLE_SPAM.items()} | off | given
+
+
+def _is_running(frame: FrameType | None) -> bool:
+    """Whether a function has not returned yet that called, through however many others, this one."""
+    return frame is not None and any(caller is frame for caller, _ in walk_stack(sys._getframe()))
 
 
 def _innermost(optimizer: Any) -> Any:

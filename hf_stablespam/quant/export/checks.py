@@ -17,9 +17,17 @@ from hf_stablespam.quant.export.initialization import warn_of_float32_scales, wa
 from hf_stablespam.quant.export.packing import KERNEL_GROUPS, fitting_groups
 from hf_stablespam.quant.export.widths import CONFIG_KEY, text_config
 from hf_stablespam.quant.formats.number_formats import FORMATS, ScaleKind, get_format
-from hf_stablespam.quant.layers.linear import FourBitLinear, check_partners
+from hf_stablespam.quant.layers.checks import check_partners
+from hf_stablespam.quant.layers.experts import weight_names
+from hf_stablespam.quant.layers.linear import FourBitLinear
 
 logger = logging.getLogger(__name__)
+
+# The fields of a configuration that decide on a weight's numbers, which packed layers must have in common.
+PACKED_ALIKE = (
+    *("weight", "group_size", "weight_outliers", "weight_block", "four_over_six", "mx_scale_rule", "scale_dtype"),
+    "hadamard",
+)
 
 
 def check_packable(
@@ -41,10 +49,10 @@ def check_packable(
         raise ValueError("the model is not converted to 4 bits; call convert_to_4bit(model, config) first")
     if not hasattr(model, "save_pretrained"):
         raise ValueError(f"model must be a transformers model with save_pretrained, got {type(model).__name__}")
-    config: FourBitConfig = next(module.four_bit for part in (layers, experts) for module in part.values())
+    config = _one_configuration(model)
     check_partners(model)
     _check_format(config, dtype)
-    _check_ties(model, layers)
+    _check_ties(model)
     group = config.group_of("weight")
     failing, why = unpackable(layers, group), stays_unpacked(model, config, group)
     if failing and not leave_unpackable:
@@ -68,6 +76,37 @@ def check_packable(
 def four_bit_layers(model: nn.Module) -> dict[str, FourBitLinear]:
     """The model's converted layers by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FourBitLinear)}
+
+
+def configurations(model: nn.Module) -> dict[FourBitConfig, list[str]]:
+    """Every configuration that a part of the model was converted with, and the names of its layers and experts."""
+    found: dict[FourBitConfig, list[str]] = {}
+    modules: dict[str, Any] = {**four_bit_layers(model), **four_bit_experts(model)}
+    for name, module in modules.items():
+        found.setdefault(module.four_bit, []).append(name)
+    return found
+
+
+def _one_configuration(model: nn.Module) -> FourBitConfig:
+    """The configuration of all 4-bit layers; raises where they differ in what a packed checkpoint says once for all."""
+    (config, (first, *_)), *others = configurations(model).items()
+    for other, (name, *_) in others:
+        differing = [field for field in PACKED_ALIKE if _packed(config, field) != _packed(other, field)]
+        if differing:
+            one, two = (", ".join(f"{field}={getattr(x, field)!r}" for field in differing) for x in (config, other))
+            raise ValueError(
+                f"all 4-bit layers must have one configuration to be packed, got {one} in {first!r} and {two} in"
+                f" {name!r}; write the numbers that were trained with export_unpacked (hf-stablespam export --to"
+                " unpacked) or export_gguf, or train with one convert_to_4bit of the whole model"
+            )
+    return config
+
+
+def _packed(config: FourBitConfig, field: str) -> Any:
+    """What a field comes to for the numbers in a checkpoint."""
+    if field == "group_size" and config.weight is not None:
+        return config.group_of("weight")
+    return config.hadamard == "all" if field == "hadamard" else getattr(config, field)
 
 
 def _refuse_groups(layers: Mapping[str, FourBitLinear], failing: list[str], group_size: int, *, pruned: bool) -> None:
@@ -143,10 +182,13 @@ def _check_format(config: FourBitConfig, dtype: torch.dtype) -> None:
         )
 
 
-def check_activations(config: FourBitConfig, activations: bool, calibration: Iterable[Any] | None) -> None:
-    """Raise unless an engine can quantize the inputs as training did."""
-    if not activations:
-        return
+def check_activations(model: nn.Module, activations: bool, calibration: Iterable[Any] | None) -> None:
+    """Raise unless an engine can quantize the inputs of all layers of a converted model as training did."""
+    for config in configurations(model) if activations else ():
+        _check_activations(config, calibration)
+
+
+def _check_activations(config: FourBitConfig, calibration: Iterable[Any] | None) -> None:
     if config.weight not in ("mxfp4", "nvfp4") or config.activation != config.weight:
         raise ValueError(
             "activations=True needs 'mxfp4' or 'nvfp4' for both weight and activation, got"
@@ -164,9 +206,17 @@ def check_activations(config: FourBitConfig, activations: bool, calibration: Ite
         )
 
 
-def _check_ties(model: nn.Module, layers: Mapping[str, FourBitLinear]) -> None:
+def four_bit_weights(model: nn.Module) -> dict[int, str]:
+    """Ids of the weights that are in 4 bits, and the layer or block of experts that each belongs to."""
+    weights = {id(layer.weight): name for name, layer in four_bit_layers(model).items()}
+    for name, block in four_bit_experts(model).items():
+        weights.update({id(getattr(block, weight)): name for weight in weight_names(block)})
+    return weights
+
+
+def _check_ties(model: nn.Module) -> None:
     owners: dict[int, str] = {}
-    packed = {id(layer.weight): name for name, layer in layers.items()}
+    packed = four_bit_weights(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in packed and owners.setdefault(id(parameter), name) != name:
             raise ValueError(

@@ -82,8 +82,8 @@ def export_4bit(
 
     Raises:
         ImportError: compressed-tensors is not installed.
-        ValueError: the model is not converted, a weight is not finite, calibration does not reach a layer, or
-            something has no packed form; the message says what to change.
+        ValueError: the model is not converted, or its parts to different formats, a weight is not finite, calibration
+            does not reach a layer, or something has no packed form; the message says what to change.
         OSError: it cannot be written there, or the disk is full; `directory` is then what it was.
         What one process raises, all raise that share a sharded model.
 
@@ -94,7 +94,7 @@ def export_4bit(
     groups = groups_of(model.parameters())
     with shared_errors(groups):
         config = check_packable(model, dtype, leave_unpackable)
-        check_activations(config, activations, calibration)
+        check_activations(model, activations, calibration)
         if is_main_process:
             check_writable(directory)
     layers = four_bit_layers(model)

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from hf_stablespam._atomic import atomic_folder, check_writable
 from hf_stablespam._sharded import full
 from hf_stablespam._shared_errors import groups_of, shared_errors
-from hf_stablespam.quant.config import FourBitConfig
-from hf_stablespam.quant.export.checks import check_finite, four_bit_layers
-from hf_stablespam.quant.export.experts import four_bit_experts
+from hf_stablespam.quant.export.checks import check_finite, configurations, four_bit_weights
 from hf_stablespam.quant.export.state import whole_state_dict
 from hf_stablespam.quant.export.widths import write_widths
 from hf_stablespam.quant.formats.quantizer import quantize
+from hf_stablespam.quant.layers.checks import check_partners
 from hf_stablespam.quant.layers.experts import FourBitExperts, weight_names
-from hf_stablespam.quant.layers.linear import FourBitLinear, check_partners
+from hf_stablespam.quant.layers.linear import FourBitLinear
 
 
 def grid_weight(layer: FourBitLinear) -> Tensor:
@@ -61,21 +60,21 @@ def export_unpacked(
 
     Raises:
         ValueError: the model is not converted, an adapter is not merged, weights are transformed (``hadamard="all"``),
-            or a weight is not finite.
+            a 4-bit weight is tied to one in high precision, or a weight is not finite.
         OSError: it cannot be written there, or the disk is full; `directory` is then what it was.
         What one process raises, all raise that share a sharded model.
     """
     groups = groups_of(model.parameters())
     with shared_errors(groups):
-        config = _check(model)
+        _check(model)
         if is_main_process:
             check_writable(directory)
     tensors = whole_state_dict(model, torch.float32)
-    layers = four_bit_layers(model)
-    tensors.update({f"{name}.weight" if name else "weight": grid_weight(layer) for name, layer in layers.items()})
-    if config.weight is not None:
-        for key, block in four_bit_experts(model).items():
-            tensors.update({f"{key}.{name}": grid_experts(block, name) for name in weight_names(block)})
+    for name, module in model.named_modules(remove_duplicate=False):  # under all of its names
+        if isinstance(module, FourBitLinear):
+            tensors[f"{name}.weight" if name else "weight"] = grid_weight(module)
+        elif isinstance(module, FourBitExperts) and module.recipe.weight is not None:
+            tensors.update({f"{name}.{weight}": grid_experts(module, weight) for weight in weight_names(module)})
     check_finite(tensors)
     with shared_errors(groups):
         if is_main_process:
@@ -83,21 +82,28 @@ def export_unpacked(
                 _save(model, folder, tensors, processing_class)
 
 
-def _check(model: nn.Module) -> FourBitConfig:
-    """Raise about what has no such form; return the configuration of the model's layers."""
-    layers, experts = four_bit_layers(model), four_bit_experts(model)
+def _check(model: nn.Module) -> None:
+    """Raise about what has no such form."""
     if hasattr(model, "peft_config"):
         raise ValueError("a PEFT model holds two weights where one is exported; merge it first: merge_and_unload()")
-    if not layers and not experts:
+    if not configurations(model):
         raise ValueError("the model is not converted to 4 bits; call convert_to_4bit(model, config) first")
-    config: FourBitConfig = next(module.four_bit for part in (layers, experts) for module in part.values())
-    if config.hadamard == "all":
-        raise ValueError(
-            "hadamard='all': the 4-bit numbers are those of transformed weights, which no other code multiplies by"
-            " transformed inputs; train with hadamard='weight_grad' or None"
-        )
+    for config, (name, *_) in configurations(model).items():
+        if config.hadamard == "all":
+            raise ValueError(
+                f"hadamard='all' in {name!r}: the 4-bit numbers are those of transformed weights, which no other code"
+                " multiplies by transformed inputs; train with hadamard='weight_grad' or None"
+            )
     check_partners(model)
-    return config
+    rounded, modules = four_bit_weights(model), dict(model.named_modules(remove_duplicate=False))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        user = modules[name.rpartition(".")[0]]
+        if id(parameter) in rounded and not isinstance(user, FourBitLinear | FourBitExperts):
+            raise ValueError(
+                f"{name} is in high precision, and one tensor with the weight of {rounded[id(parameter)]!r}, which is"
+                " in 4 bits: what loads the checkpoint has the same numbers for both; name"
+                f" {rounded[id(parameter)]!r} in modules_to_not_convert before training"
+            )
 
 
 def _save(model: Any, folder: Path, tensors: dict[str, Tensor], processing_class: Any) -> None:

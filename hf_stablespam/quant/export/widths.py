@@ -19,7 +19,7 @@ FILE = "pruning.json"
 _CONFIG_FILE = "config.json"
 _FIELDS = {"intermediate_size": ("intermediate_size",), "kv_heads": ("num_key_value_heads", "num_attention_heads")}
 _REMEDY = "load it with hf_stablespam.recipes.adapt_pruner.load_pruned"
-_MESSAGE = f"differs between the layers of this pruned model: {_REMEDY}"
+_MESSAGE = f"does not say how wide the layers of this pruned model are: {_REMEDY}"
 
 # Weight of a layer → the dimension that says its width.
 _WEIGHTS = {"mlp.down_proj": 1, "self_attn.q_proj": 0, "self_attn.k_proj": 0}
@@ -83,11 +83,20 @@ def unequal(widths: Sequence[Mapping[str, int]]) -> list[str]:
     return [name for name in _FIELDS if len({width[name] for width in widths}) > 1]
 
 
+def unsaid(config: Any, widths: Sequence[Mapping[str, int]]) -> list[str]:
+    """Which of them the config has no number for: they differ, or, with a note, it has the number of before a cut."""
+    found = unequal(widths)
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    if "kv_heads" not in found and hasattr(config, CONFIG_KEY) and widths[0]["kv_heads"] != heads:
+        found.append("kv_heads")
+    return found
+
+
 def write_widths(config: Any, directory: Path, widths: Sequence[Mapping[str, int]] | None = None) -> None:
     """Put ``pruning.json`` beside a model that has been saved, and the text into its ``config.json``.
 
     Args:
-        config: of the model; without a note of unequal widths, and without `widths`, nothing is written.
+        config: of the model; without a note of its widths, and without `widths`, nothing is written.
         directory: where it was saved.
         widths: of the layers; default: those of the note.
     """
@@ -98,7 +107,7 @@ def write_widths(config: Any, directory: Path, widths: Sequence[Mapping[str, int
     path = directory / _CONFIG_FILE
     options = json.loads(path.read_text())
     part, numbers, model_type = text_part(options), {}, options["model_type"]
-    for width in unequal(widths):
+    for width in unsaid(config, widths):
         for name in _FIELDS[width]:
             numbers[name] = getattr(config, name)
             part[name] = _MESSAGE

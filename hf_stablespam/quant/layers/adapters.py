@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_stablespam.quant.layers.linear import FourBitLinear, check_partners
+from hf_stablespam.quant.layers.checks import check_partners
+from hf_stablespam.quant.layers.linear import FourBitLinear
 
 SUPPORTED = "LoRA (lora.Linear), rank-stabilised LoRA and DoRA"
 

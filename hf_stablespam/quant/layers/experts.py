@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.formats.number_formats import ScaleKind
 from hf_stablespam.quant.formats.quantizer import amax_of_each
+from hf_stablespam.quant.layers.checks import check_class
+from hf_stablespam.quant.layers.instance_forward import rebind_forward
 from hf_stablespam.quant.layers.matmul import FourBitMatmul, Recipe, StraightThrough, quantize_weight
 from hf_stablespam.quant.layers.stand_in import StandIn, weight_names
 
@@ -71,16 +73,23 @@ class FourBitExperts(nn.Module):
                     f"{getattr(experts, name).dtype}; load the model in bfloat16, or name it in modules_to_not_convert"
                 )
         adopted: Any = experts
-        adopted.__class__ = _four_bit_class(type(experts))
+        adopted.__class__ = four_bit_class(type(experts))
+        rebind_forward(adopted, adopted.original_class, type(adopted))
         adopted.four_bit, adopted.recipe = config, Recipe.of(config)
         adopted._fixed = 0  # how many `fixed_weights` blocks are open
         adopted.forget_weight()
         return adopted
 
     def release(self) -> nn.Module:
-        """Turn the module back into what it was, in place."""
+        """Turn the module back into what it was, in place.
+
+        Raises:
+            ValueError: its class is another than the one that it was converted to.
+        """
+        check_class(self, four_bit_class(self.original_class))
         for name in ("four_bit", "recipe", "_fixed", "_kept"):
             del self.__dict__[name]
+        rebind_forward(self, type(self), self.original_class)
         self.__class__ = self.original_class
         return self
 
@@ -244,7 +253,7 @@ def _products(
 _four_bit_classes: dict[Any, Any] = {}
 
 
-def _four_bit_class(original: Any) -> Any:
+def four_bit_class(original: Any) -> Any:
     """The class that takes the place of `original`: one for each, so that instances have equal types."""
     if original not in _four_bit_classes:
         made = type(f"FourBit{original.__name__}", (FourBitExperts, original), {"original_class": original})
@@ -254,5 +263,5 @@ def _four_bit_class(original: Any) -> Any:
 
 def _rebuild(original: type[nn.Module]) -> nn.Module:
     """An empty `FourBitExperts` of a class, for pickle and copies: the class made here has no importable name."""
-    made = _four_bit_class(original)
+    made = four_bit_class(original)
     return made.__new__(made)

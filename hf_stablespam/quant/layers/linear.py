@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_stablespam._sharded import full
 from hf_stablespam.quant.config import FourBitConfig
+from hf_stablespam.quant.layers.checks import check_class, check_weight
 from hf_stablespam.quant.layers.instance_forward import rebind_forward
 from hf_stablespam.quant.layers.matmul import FourBitMatmul, Recipe, quantize_weight
 
@@ -73,7 +74,15 @@ class FourBitLinear(nn.Linear):
         self.forget_weight()
 
     def release(self) -> nn.Linear:
-        """Turn the layer back into a plain `nn.Linear`, in place."""
+        """Turn the layer back into a plain `nn.Linear`, in place; its partners share their scale without it.
+
+        Raises:
+            ValueError: its class is another than the one that it was converted to.
+        """
+        check_class(self, FourBitLinear)
+        for partner in self.scale_partners:
+            others = tuple(layer for layer in partner.scale_partners if layer is not self)
+            partner.scale_partners = others if len(others) > 1 else ()
         for name in ("four_bit", "recipe", "scale_partners", "adapter", "_parameter_id", "_fixed", "_called", "_kept"):
             del self.__dict__[name]
         rebind_forward(self, type(self), nn.Linear)
@@ -226,36 +235,3 @@ def trained_uncalled(model: nn.Module) -> list[str]:
     }
     called = {id(layer.weight) for layer in layers.values() if layer._called}
     return [name for name, layer in layers.items() if layer.weight.grad is not None and id(layer.weight) not in called]
-
-
-def check_partners(model: nn.Module) -> None:
-    """Raise if a layer of `model` shares its scale with layers of another model.
-
-    A copy of a single layer, as PEFT makes it for ``modules_to_save``, comes with copies of its siblings, which nobody
-    trains: its weight would be rounded by what they were.
-
-    Raises:
-        ValueError: the name of the first such layer.
-    """
-    present = {id(module) for module in model.modules()}
-    for name, layer in model.named_modules():
-        if isinstance(layer, FourBitLinear) and any(id(other) not in present for other in layer.scale_partners):
-            raise ValueError(
-                f"{name} is a copy of a 4-bit layer that shares one NVFP4 scale with its siblings, without these; take"
-                " it out of modules_to_save (LoRA's target_modules can train it), or name it and them in"
-                " modules_to_not_convert"
-            )
-
-
-def check_weight(weight: Tensor, name: str = "weight") -> None:
-    """Raise unless `weight` is a floating-point matrix."""
-    if not weight.is_floating_point():
-        raise TypeError(
-            f"{name} must be floating-point to be trained in 4 bits, got {weight.dtype}; it may be quantized already:"
-            " load the model in bfloat16, or name the layer in modules_to_not_convert"
-        )
-    if weight.ndim != 2:
-        raise ValueError(
-            f"{name} must be a matrix (out_features, in_features), got shape {tuple(weight.shape)}; flattened weights"
-            " (FSDP1, ZeRO-3) cannot be quantized: use FSDP2 or DDP, or convert before wrapping"
-        )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from datasets import Dataset, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
 
 from hf_stablespam.recipes.fusechat.preferences import build_preference_dataset
 from hf_stablespam.recipes.fusechat.report import as_text, fusion_report, write_report_tables
+
+SEEN_TOGETHER = 100_000  # lines of which a column's kind is found; in those after them it must be the same
 
 
 def fuse_files(paths: Sequence[str], output: str, options: Mapping[str, Any]) -> str:
@@ -60,30 +63,54 @@ def read_files(paths: Sequence[str], cache: str) -> Dataset:
             raise FileNotFoundError(
                 f"RESPONSES must be files of JSON lines or Parquet, got {path}, which does not exist"
             )
-        read = Dataset.from_parquet if path.endswith(".parquet") else Dataset.from_json
         try:
-            parts.append(read(path, cache_dir=cache))
-        except (DatasetGenerationError, ValueError, StopIteration) as error:
-            raise ValueError(f"{path}: {_why_unreadable(path, error)}") from None
+            is_parquet = path.endswith(".parquet")
+            parts.append(Dataset.from_parquet(path, cache_dir=cache) if is_parquet else _read_json_lines(path, cache))
+        except (DatasetGenerationError, StopIteration) as error:
+            raise ValueError(
+                f"{path}: cannot be read as columns ({error.__cause__ or error});"
+                " every line must have values of the same kind"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     try:
         return concatenate_datasets(parts)
     except ValueError as error:
         raise ValueError(f"RESPONSES must have the same columns, of the same kinds: {error}") from None
 
 
-def _why_unreadable(path: str, error: Exception) -> str:
-    """The first line that is no JSON object, or else what the reader said."""
-    if not path.endswith(".parquet"):
-        with open(path, encoding="utf-8") as file:
-            line = 0
-            for line, text in enumerate(file, 1):
-                try:
-                    if not isinstance(json.loads(text), dict):
-                        return (
-                            f"line {line} must be a JSON object, got {text.strip()[:60]!r}; write one for each answer"
-                        )
-                except json.JSONDecodeError as problem:
-                    return f"line {line} must be a JSON object ({problem}); mend it or leave it out"
-            if not line:
-                return "the file must have at least one line, it is empty"
-    return f"cannot be read as columns ({error.__cause__ or error}); every line must have values of the same kind"
+def _read_json_lines(path: str, cache: str) -> Dataset:
+    """By Python's reader: Arrow's makes points in time of texts that look like dates."""
+    keys = tuple(dict.fromkeys(key for row in _objects(path) for key in row))
+    if not keys:
+        raise ValueError("the file must have at least one line, it is empty")
+    return Dataset.from_generator(
+        _rows, gen_kwargs={"path": path, "keys": keys}, cache_dir=cache, writer_batch_size=SEEN_TOGETHER
+    )
+
+
+def _rows(path: str, keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Every line with all keys of the file."""
+    for row in _objects(path):
+        yield {key: row.get(key) for key in keys}
+
+
+def _objects(path: str) -> Iterator[dict[str, Any]]:
+    """The JSON object of each line that is not blank."""
+    try:
+        with fsspec.open(path, "rt", encoding="utf-8-sig", compression="infer") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _object(number, line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the file must be text in UTF-8 ({error}); convert it") from None
+
+
+def _object(number: int, line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as problem:
+        raise ValueError(f"line {number} must be a JSON object ({problem}); mend it or leave it out") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"line {number} must be a JSON object, got {line.strip()[:60]!r}; write one for each answer")
+    return found

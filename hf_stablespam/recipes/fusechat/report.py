@@ -47,12 +47,11 @@ def fusion_report(dataset: Mapping[str, Dataset]) -> dict[str, Any]:
                 " build_preference_dataset makes both parts"
             )
     note = _note(dataset)
-    sft = np.asarray(dataset["sft"]["source"][:], object)
-    dpo = np.asarray(dataset["dpo"]["source"][:], object)
+    sft, dpo = (np.asarray([str(name) for name in dataset[part]["source"][:]], object) for part in ("sft", "dpo"))
     gaps = np.asarray(dataset["dpo"]["chosen_reward"][:], float) - np.asarray(
         dataset["dpo"]["rejected_reward"][:], float
     )
-    names = list(dict.fromkeys([*(note or {}).get("sources", ()), *map(str, sft), *map(str, dpo)]))
+    names = list(dict.fromkeys([*(note or {}).get("sources", ()), *sft, *dpo]))
     sources = {}
     for name in names:
         rows, pairs = int((sft == name).sum()), int((dpo == name).sum())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -75,6 +77,8 @@ def read_responses(
         if columns[name].null_count:
             row = pc.index(columns[name].is_null(), True).as_py()
             raise ValueError(f"{keys[name]!r} must have a value in every row, row {row} has none; leave such rows out")
+    for name in ("prompt", "response"):
+        _check_texts(columns[name], keys[name])
     if pa.types.is_nested(columns["response"].type) and not pa.types.is_nested(columns["prompt"].type):
         raise ValueError(
             f"{response_key!r} holds chat messages and {prompt_key!r} strings; give both as messages, or the text only"
@@ -146,18 +150,43 @@ def _plain(column: pa.ChunkedArray, key: str, name: str) -> pa.ChunkedArray:
 def _array(values: list[Any], key: str, name: str) -> pa.ChunkedArray:
     """One column of a list of rows."""
     if name == "score" and any(isinstance(value, bool) for value in values):  # Arrow would make numbers of them
-        row = next(index for index, value in enumerate(values) if not _is_number(value))
-        raise _not_a_number(key, row, values[row])
+        return _as_floats(values, key)
     try:
         return pa.chunked_array([pa.array(values)])
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         if name == "score":
-            row = next(index for index, value in enumerate(values) if not _is_number(value))
-            raise _not_a_number(key, row, values[row]) from None
+            return _as_floats(values, key)
         if name == "correct":
-            row = next(index for index, value in enumerate(values) if not isinstance(value, bool))
+            row = next(index for index, value in enumerate(values) if not isinstance(value, (bool, np.bool_)))
             raise _not_boolean(key, row, values[row]) from None
         raise ValueError(f"{key!r} must have values of one kind in all rows: {error}") from None
+
+
+def _as_floats(values: list[Any], key: str) -> pa.ChunkedArray:
+    """Of scores that Arrow has no kind for: integers too large for it are numbers still."""
+    floats = []
+    for row, value in enumerate(values):
+        if not _is_number(value):
+            raise _not_a_number(key, row, value)
+        try:
+            floats.append(float(value))
+        except OverflowError:
+            raise _not_a_number(key, row, math.inf) from None
+    return pa.chunked_array([pa.array(floats, pa.float64())])
+
+
+def _check_texts(column: pa.ChunkedArray, key: str) -> None:
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kept_as_json = isinstance(kind.value_type, pa.BaseExtensionType)  # messages with keys of their own
+        if kept_as_json or (pa.types.is_struct(kind.value_type) and kind.value_type.get_field_index("role") >= 0):
+            return
+    raise ValueError(
+        f"{key!r} must be a string or a list of chat messages (with 'role' and 'content') in every row, row 0 has"
+        f" {column[0].as_py()!r}; make a text of it with str(...), or put a single message into a list"
+    )
 
 
 def _scores(column: pa.ChunkedArray, key: str) -> Floats:
@@ -182,7 +211,7 @@ def _flags(column: pa.ChunkedArray, key: str) -> Booleans:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)  # NumPy's numbers among them
 
 
 def _not_a_number(key: str, row: int, value: Any) -> ValueError:

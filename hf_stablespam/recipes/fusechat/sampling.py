@@ -6,18 +6,26 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from hf_stablespam._evaluating import evaluating
 from hf_stablespam.quant import fixed_weights
 
 logger = logging.get_logger(__name__)
+
+# What a model's own generation config says of its tokens counts; how it samples, these arguments say.
+OWN = (
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+    *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
+)
 
 
 def sample_responses(
@@ -49,8 +57,8 @@ def sample_responses(
         num_responses: answers to each prompt; the source of the method takes 5 for chat and 8 for code.
         temperature: of the softmax; 0 takes the likeliest token, and then one answer is enough. Qwen: 0.7.
         top_p: mass of the nucleus in (0, 1]; Qwen: 0.8.
-        repetition_penalty: 1 for none; Qwen: 1.05. No other filter (top-k) is applied, whatever the model's
-            own generation config says.
+        repetition_penalty: 1 for none; Qwen: 1.05. No other filter (top-k, min-p, beams) is applied, whatever the
+            model's own generation config says; only its special tokens count.
         max_new_tokens: at most this many tokens an answer.
         batch_size: answers that are generated together.
         seed: of the draws.
@@ -91,7 +99,7 @@ def sample_responses(
         },
     )
     record.keep_whole_batches(batch_size, len(asked))
-    with evaluating(model), fixed_weights(model):  # 4-bit layers round their weights once
+    with evaluating(model), fixed_weights(model), _plain_generation(model):  # 4-bit layers round their weights once
         for start in logging.tqdm(range(len(record.rows), len(asked), batch_size), desc=f"Sampling {source}"):
             batch = asked[start : start + batch_size]
             answers = _generate(model, tokenizer, [inputs[i] for i in batch], options, f"{seed}/{source}/{start}")
@@ -102,6 +110,21 @@ def sample_responses(
                 ]
             )
     return Dataset.from_list(record.rows)
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """A generation config that has nothing but the special tokens of the model's own.
+
+    A config that is passed to `generate` would be filled up from the model's.
+    """
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = owner.generation_config
+    owner.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in OWN})
+    try:
+        yield
+    finally:
+        owner.generation_config = own
 
 
 class _Record:
@@ -168,7 +191,8 @@ def _generate(
     with torch.random.fork_rng(devices), torch.inference_mode():
         torch.manual_seed(seed)
         output = model.generate(input_ids=ids, attention_mask=mask, **options)
-    answers: Tensor = output if model.config.is_encoder_decoder else output[:, width:]
+    # A decoder's own first token is no answer, and in BART it is the end token.
+    answers: Tensor = output[:, 1:] if model.config.is_encoder_decoder else output[:, width:]
     ends = torch.tensor(options["eos_token_id"] or [-1], device=device)
     finished = torch.isin(answers, ends).any(1).tolist()
     return list(zip(tokenizer.batch_decode(answers, skip_special_tokens=True), finished, strict=True))

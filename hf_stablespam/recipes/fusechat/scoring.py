@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -37,7 +38,8 @@ def score_responses(
         reward: a function of a list of prompts and a list of answers that returns a number for each; or a model for
             sequence classification with one label, or whose output has a ``score`` (ArmoRM).
         processing_class: the reward model's tokenizer. With a chat template, prompt and answer are rendered as a
-            conversation, strings as messages of user and assistant; without one they are tokenized as a pair.
+            conversation, strings as messages of user and assistant; without one they are tokenized as a pair, with the
+            segments of a model that has them (BERT, ELECTRA).
         prompt_key: column of the prompts.
         response_key: column of the answers.
         score_key: name of the new column.
@@ -105,17 +107,19 @@ class _RewardModel:
         self.model, self.processing_class, self.max_length = model, processing_class, max_length
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self.pad = model.config.pad_token_id if hasattr(model, "config") else None
+        whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.has_segments = "token_type_ids" in inspect.signature(whole.forward).parameters
         self.cut = 0
 
     def __call__(self, prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
         rows = [self._tokens(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        width = max(map(len, rows))
-        pad = 0 if self.pad is None else self.pad
+        fillers = {"input_ids": 0 if self.pad is None else self.pad, "attention_mask": 0}
+        if self.has_segments and "token_type_ids" in rows[0]:
+            fillers["token_type_ids"] = getattr(self.tokenizer, "pad_token_type_id", 0)
         device = next(self.model.parameters()).device
-        ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)  # (batch, width)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+        inputs = {name: _padded([row[name] for row in rows], filler).to(device) for name, filler in fillers.items()}
         with evaluating(self.model), torch.inference_mode():
-            output = self.model(input_ids=ids, attention_mask=mask)
+            output = self.model(**inputs)
         scores = getattr(output, "score", None)
         if scores is None:
             scores = output.logits
@@ -126,19 +130,28 @@ class _RewardModel:
                 )
         return scores.float().reshape(len(rows)).tolist()
 
-    def _tokens(self, prompt: Any, response: Any) -> list[int]:
+    def _tokens(self, prompt: Any, response: Any) -> dict[str, list[int]]:
+        """What the tokenizer returns for one row: the ids, and with them the segments of a pair."""
         if getattr(self.processing_class, "chat_template", None):
             conversation = _messages(prompt, "user") + _messages(response, "assistant")
             text = self.processing_class.apply_chat_template(conversation, tokenize=False)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            encoded = self.tokenizer(text, add_special_tokens=False)
         else:
-            ids = self.tokenizer(_text(prompt), _text(response))["input_ids"]
-        if self.max_length is not None and len(ids) > self.max_length:
+            encoded = self.tokenizer(_text(prompt), _text(response))
+        row = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
+        row["attention_mask"] = [1] * len(row["input_ids"])
+        if self.max_length is not None and len(row["input_ids"]) > self.max_length:
             self.cut += 1
             if self.cut & (self.cut - 1) == 0:  # at 1, 2, 4, 8, …
                 logger.warning("%d inputs were cut to max_length=%d tokens to be scored", self.cut, self.max_length)
-            ids = ids[: self.max_length]
-        return ids
+            row = {name: values[: self.max_length] for name, values in row.items()}
+        return row
+
+
+def _padded(rows: Sequence[list[int]], filler: int) -> torch.Tensor:
+    """(rows, width): each row and what fills it up on the right."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [filler] * (width - len(row)) for row in rows])
 
 
 def _messages(value: Any, role: str) -> list[dict[str, Any]]:

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.utils import logging
 
 if TYPE_CHECKING:
     from trl import DPOConfig, SFTConfig
+
+logger = logging.get_logger(__name__)
 
 NEEDED = "training a target needs TRL 1.14 or newer; pip install 'hf_stablespam[fusechat]'"
 
@@ -45,7 +48,8 @@ def paper_settings(
 ) -> tuple[SFTConfig, DPOConfig]:
     """Both stages as FuseChat-3.0 trains them, with Stable-SPAM.
 
-    SFT: 3 epochs, batch 128, 2048 tokens, cosine, warm-up over a tenth. DPO: 1 epoch, the same batch and length, a
+    SFT: 3 epochs, batch 128 (sequences a device takes times processes must divide it, else the batch is the nearest
+    below, with a warning), 2048 tokens, cosine, warm-up over a tenth. DPO: 1 epoch, the same batch and length, a
     checkpoint every 100 steps, the last two kept. Learning rates, β and loss by target:
 
     | target | SFT | DPO | β | loss |
@@ -99,13 +103,20 @@ def _common(folder: Path, kind: Any, changes: Mapping[str, Any]) -> dict[str, An
     """What the stages share; the accumulation makes up the batch, whatever fits a device at a time."""
     at_a_time = changes.get("per_device_train_batch_size", 8)
     processes = int(os.environ.get("WORLD_SIZE", 1))
+    steps = max(1, BATCH // (at_a_time * processes))
+    if at_a_time * processes * steps != BATCH and "gradient_accumulation_steps" not in changes:
+        logger.warning(
+            "%d sequences on each of %d processes do not make up the batch of %d: it is %d; give a"
+            " per_device_train_batch_size that divides %d",
+            *(at_a_time, processes, BATCH, at_a_time * processes * steps, BATCH // processes or 1),
+        )
     has_ratio = any(field.name == "warmup_ratio" for field in fields(kind))  # until transformers 5
     return {
         "output_dir": str(folder),
         "optim": "stable_spam",
         "max_grad_norm": 0.0,
         "per_device_train_batch_size": at_a_time,
-        "gradient_accumulation_steps": max(1, BATCH // (at_a_time * processes)),
+        "gradient_accumulation_steps": steps,
         "max_length": 2048,
         "lr_scheduler_type": "cosine",
         "warmup_ratio" if has_ratio else "warmup_steps": 0.1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import uuid
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
@@ -48,13 +50,33 @@ class StageRun(ExportableState, TrainerCallback):
         return {"args": {"run": self.run}, "attributes": {}}
 
 
-def stage_settings(args: Any, model: Any, four_bit: FourBitConfig | None, peft_config: Any) -> dict[str, Any]:
-    """What defines a stage, as JSON: two runs of the same data and settings learn the same."""
+def content_hash(rows: Dataset) -> str:
+    """The same for equal rows and no others, wherever and however a data set keeps them."""
+    found, arrow = hashlib.sha256(), rows.with_format("arrow")
+    for start in range(0, len(rows), 1000):
+        for row in arrow[start : start + 1000].to_pylist():
+            found.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+    return found.hexdigest()[:16]
+
+
+def stage_settings(
+    args: Any, model: Any, four_bit: FourBitConfig | None, peft_config: Any, data: Mapping[str, str]
+) -> dict[str, Any]:
+    """What defines a stage, as JSON: two runs of the same data and settings learn the same.
+
+    Args:
+        args: the stage's.
+        model: the target.
+        four_bit: how it is converted.
+        peft_config: of the adapter.
+        data: `content_hash` of each part.
+    """
     found = {name: getattr(args, name) for name in DEFINING if hasattr(args, name)}
     found["sequences of a step"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     found["model"] = [type(model).__name__, sum(parameter.numel() for parameter in model.parameters())]
     found["four_bit"] = None if four_bit is None else four_bit.to_dict()
     found["peft_config"] = None if peft_config is None else peft_config.to_dict()
+    found["data set"] = dict(data)
     return json.loads(json.dumps(found, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
 
 
@@ -97,13 +119,20 @@ def check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any])
     Raises:
         ValueError: with all that differ.
     """
-    differing = [name for name in new if name in old and old[name] != new[name]]
+    differing = [name for name in new if name in old and _differ(name, old[name], new[name])]
     if differing:
         values = "; ".join(f"{name} was {old[name]!r} and is {new[name]!r}" for name in differing)
         raise ValueError(
             f"resume=True must go on with the settings of the run in {folder}, of which others are given: {values};"
             " give those, or another output_dir, or resume=False"
         )
+
+
+def _differ(name: str, old: Any, new: Any) -> bool:
+    """Of a configuration the fields that both versions of its library have, and not which version it was."""
+    if name not in ("peft_config", "four_bit") or not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return bool(old != new)
+    return any(old[field] != new[field] for field in (old.keys() & new.keys()) - {"peft_version"})
 
 
 def own_checkpoint(folder: str, run: str | None) -> str | None:

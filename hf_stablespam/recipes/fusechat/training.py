@@ -24,7 +24,14 @@ from hf_stablespam.quant.export.state import whole_state_dict
 from hf_stablespam.recipes.fusechat.reference import ChecksReference
 from hf_stablespam.recipes.fusechat.report import TABLES_FILE, fusion_report, report_tables, write_report_tables
 from hf_stablespam.recipes.fusechat.settings import NEEDED
-from hf_stablespam.recipes.fusechat.stage_run import FINISHED, StageRun, begin_stage, own_checkpoint, stage_settings
+from hf_stablespam.recipes.fusechat.stage_run import (
+    FINISHED,
+    StageRun,
+    begin_stage,
+    content_hash,
+    own_checkpoint,
+    stage_settings,
+)
 
 if TYPE_CHECKING:
     from trl import DPOConfig, SFTConfig
@@ -69,15 +76,17 @@ def train_target(
         peft_config: train an adapter in each stage; it is merged at each stage's end, and DPO's reference is the
             model without it.
         callbacks: for both stages, a copy for each.
-        export: write a packed 4-bit checkpoint at the end: True for the folder ``4bit`` in ``dpo_args.output_dir``,
-            or the folder. Needs `four_bit`; what cannot be packed is an error before training.
+        export: write a packed 4-bit checkpoint at the end: True for the folder ``4bit`` in ``dpo_args.output_dir``
+            (without pairs in ``sft_args.output_dir``),
+            or another folder. Needs `four_bit`; what cannot be packed is an error before training.
         leave_unpackable: see `export_4bit`.
         resume: go on with the last run in these folders, which was killed: a stage that has ended is passed over,
             another goes on from its last complete checkpoint. With False both stages begin anew: what earlier runs have
             left there counts no more, and is gone on with by no later ``resume=True``.
 
     Returns:
-        The trained model, adapters merged; it lies in ``dpo_args.output_dir`` too.
+        The trained model, adapters merged; it lies in ``dpo_args.output_dir`` too (without pairs in
+        ``sft_args.output_dir``).
 
     Raises:
         ValueError: arguments that exclude each other, a first loss that is not ln 2, nothing to train on, a run of
@@ -102,9 +111,10 @@ def train_target(
             check_packable(model, leave_unpackable=leave_unpackable)
     report, evaluation = fusion_report(dataset), eval_dataset or {}
     folder, last = Path(str(sft_args.output_dir)), Path(str(dpo_args.output_dir))
+    data = {part: content_hash(dataset[part]) for part in ("sft", "dpo")}
 
     def settings(args: Any) -> dict[str, Any]:
-        return stage_settings(args, model, four_bit, peft_config)
+        return stage_settings(args, model, four_bit, peft_config, data)
 
     def train(trainer_class: Any, part: str, policy: Any, args: Any, run: str | None, **more: Any) -> None:
         rows = {"train_dataset": dataset[part], "eval_dataset": evaluation.get(part)}
@@ -189,7 +199,7 @@ def _loaded(folder: Path, like: Any, four_bit: FourBitConfig | None) -> Any:
 
 
 def _check_data(folder: Path, report: Mapping[str, Any], resume: bool) -> None:
-    """Raise where a run of other data would be gone on with.
+    """Raise where a run of data that gave other counts would be gone on with: all that older runs say of theirs.
 
     Raises:
         ValueError: it was one.
@@ -227,7 +237,13 @@ def _check(
             f"dataset must have the parts 'sft' and 'dpo' and a row in one of them, it has {rows};"
             " build_preference_dataset makes both"
         )
-    if Path(str(sft_args.output_dir)).resolve() == Path(str(dpo_args.output_dir)).resolve():
+    folders = [Path(str(args.output_dir)).resolve() for args in (sft_args, dpo_args)]
+    if folders[0] == folders[1]:
         raise ValueError(f"the stages must have folders of their own, got {str(sft_args.output_dir)!r} for both")
+    if export and export is not True and Path(export).resolve() in folders:
+        raise ValueError(
+            f"export must be another folder than those of the stages, got {str(export)!r}: the packed model would"
+            " replace the trained one; give a new folder, or True"
+        )
     if export and four_bit is None:
         raise ValueError("export needs four_bit, which says how to pack; give the FourBitConfig to train with")

@@ -6,9 +6,11 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -18,10 +20,11 @@ from hf_stablespam.recipes.lae.methods.calibrated_lora import CalibratedLinear
 from hf_stablespam.recipes.lae.methods.config import CalibratedPrefixConfig, ParallelAdapterConfig
 
 ONLINE, OFFLINE = "default", "offline"
+_VARIANTS = ("mica",)  # values of init_lora_weights that say how LoRA computes, not only where it starts
 
 
-def add_lae_adapters(model: nn.Module, config: PeftConfig, *, calibrate: bool = True) -> PeftModel:
-    """Give `model` the online expert: a PEFT adapter called "default", with learnable scalars if calibrated.
+def add_lae_adapters(model: nn.Module, config: PeftConfig, *, calibrate: bool = True, name: str = ONLINE) -> PeftModel:
+    """Give `model` the online expert: a PEFT adapter, with learnable scalars if calibrated.
 
     The offline expert is added by `LAECallback` before the second task.
 
@@ -32,13 +35,14 @@ def add_lae_adapters(model: nn.Module, config: PeftConfig, *, calibrate: bool = 
             ["k_proj", "v_proj"], layers_to_transform=[0, 1, 2, 3, 4], layers_pattern="layers")`.
         calibrate: a learnable scalar times each module, 1 at the start (the paper's adaptation-speed calibration). A
             number given as `scale` of the configuration stays fixed. False: no scalars.
+        name: of the adapter, which `LAECallback(online=...)` then gets.
 
     Returns:
         The `PeftModel`; `LAEModel` takes it.
 
     Raises:
         ValueError: a method or a layer that cannot be calibrated, prompt learning, a task type that brings heads of
-            its own, or a model that has adapters already.
+            its own, biases of the backbone to be trained, or a model that has adapters already.
 
     Example:
         >>> from transformers import ViTConfig, ViTModel
@@ -57,7 +61,12 @@ def add_lae_adapters(model: nn.Module, config: PeftConfig, *, calibrate: bool = 
             f"config has task_type={config.task_type} and modules_to_save={getattr(config, 'modules_to_save', None)}; "
             "leave both out: IncrementalClassifier holds the heads"
         )
-    peft_model = get_peft_model(model, _prepared(config, calibrate))
+    if isinstance(bias := getattr(config, "bias", None), str) and bias != "none":
+        raise ValueError(
+            f"bias must be 'none', got {bias!r}: the backbone's own biases belong to no expert and would be neither"
+            " trained nor averaged; leave bias out"
+        )
+    peft_model = get_peft_model(model, _prepared(config, calibrate), adapter_name=name)
     if calibrate and isinstance(config, LoraConfig):
         _check_all_calibrated(peft_model)
     return peft_model
@@ -65,16 +74,24 @@ def add_lae_adapters(model: nn.Module, config: PeftConfig, *, calibrate: bool = 
 
 def add_expert(peft_model: PeftModel, name: str, like: str = ONLINE) -> None:
     """Add an adapter `name` that is a frozen copy of the adapter `like`; trainability and what is active stay."""
-    config = copy.deepcopy(peft_model.peft_config[like])
+    config: Any = copy.deepcopy(peft_model.peft_config[like])
     config.inference_mode = True
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start not in _VARIANTS:
+        config.init_lora_weights = True  # PiSSA, OLoRA and others would take their start out of the backbone once more
     before = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
     with torch.random.fork_rng(devices=[]):  # what it starts from is overwritten: the run's random numbers stay
         peft_model.add_adapter(name, config)
+    if start is not None:
+        config.init_lora_weights = start  # PEFT keeps this object and saves it
     for parameter, requires_grad in before:
         parameter.requires_grad_(requires_grad)
     for parameter in adapter_parameters(peft_model, name).values():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))  # 1e-4 of a bf16 is 0
+    for module in peft_model.modules():
+        if isinstance(module, LNTuningLayer) and name in module.ln_tuning_layers:
+            _take_any_dtype(module.ln_tuning_layers[name])
     copy_expert(peft_model, like, name)
 
 
@@ -89,18 +106,26 @@ def copy_expert(peft_model: PeftModel, source: str, target: str) -> None:
 def adapter_parameters(peft_model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """All parameters of the adapter `name`, under keys that are the same for every adapter."""
     found: dict[str, nn.Parameter] = {}
-    for path, module in peft_model.named_modules():
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            for container in module.adapter_layer_names:
-                held = getattr(module, container, None)
-                if held is None or not hasattr(held, "keys") or name not in held:
-                    continue
-                entry = held[name]
-                if isinstance(entry, nn.Parameter):
-                    found[f"{path}.{container}"] = entry
-                elif isinstance(entry, nn.Module):
-                    found.update({f"{path}.{container}.{key}": value for key, value in entry.named_parameters()})
+    for place, held in adapter_places(peft_model).items():
+        if name not in held:
+            continue
+        entry = held[name]
+        if isinstance(entry, nn.Parameter):
+            found[place] = entry
+        elif isinstance(entry, nn.Module):
+            found.update({f"{place}.{key}": value for key, value in entry.named_parameters()})
     return found
+
+
+def adapter_places(peft_model: nn.Module) -> dict[str, Any]:
+    """Where adapters have their parameters: the containers of all layers, each with an entry per adapter."""
+    return {
+        f"{path}.{container}": held
+        for path, module in peft_model.named_modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        for container in module.adapter_layer_names
+        if hasattr(held := getattr(module, container, None), "keys")
+    }
 
 
 def check_experts(peft_model: PeftModel, *names: str) -> None:
@@ -137,8 +162,25 @@ def active_expert(peft_model: PeftModel, name: str) -> Iterator[None]:
 
 def is_calibrated(peft_model: PeftModel) -> bool:
     """With which `calibrate` `add_lae_adapters` makes these adapters from their configuration."""
-    own = isinstance(peft_model.peft_config[ONLINE], (ParallelAdapterConfig, CalibratedPrefixConfig))
-    return own or any(isinstance(module, CalibratedLinear) for module in peft_model.modules())
+    own = (ParallelAdapterConfig, CalibratedPrefixConfig)
+    if any(isinstance(config, own) for config in peft_model.peft_config.values()):
+        return True
+    return any(isinstance(module, CalibratedLinear) for module in peft_model.modules())
+
+
+def _take_any_dtype(norm: nn.Module) -> None:
+    """Compute in the dtype of the norm's weights and answer in that of its input: LN tuning alone replaces a layer."""
+    norm.register_forward_pre_hook(_widen)
+    norm.register_forward_hook(_narrow)
+
+
+def _widen(norm: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    norm.input_dtype = args[0].dtype
+    return (args[0].to(torch.promote_types(args[0].dtype, norm.weight.dtype)), *args[1:])
+
+
+def _narrow(norm: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.to(norm.input_dtype)
 
 
 def _prepared(config: PeftConfig, calibrate: bool) -> PeftConfig:

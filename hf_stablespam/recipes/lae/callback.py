@@ -20,7 +20,7 @@ from hf_stablespam.recipes.lae.adapters import (
     copy_expert,
 )
 from hf_stablespam.recipes.lae.average import update_average
-from hf_stablespam.recipes.lae.checks import check_model, check_optimizer
+from hf_stablespam.recipes.lae.checks import check_countable, check_model, check_optimizer
 from hf_stablespam.recipes.lae.model import LAEModel
 from hf_stablespam.trainer.callbacks.helpers.kept_state import KeepsState
 
@@ -57,8 +57,8 @@ class LAECallback(KeepsState, TrainerCallback):
     Raises:
         ValueError: an option out of its range. When the Trainer is made or training begins: a model that is not an
             `LAEModel`, a task without a head or trained already, missing or unequal adapters, no epoch left to train
-            in, sharded parameters, a Trainer that was made before the previous task was trained, or from the second
-            task on a checkpoint of a run without this callback.
+            in, epochs to be frozen of data without a length, sharded parameters, a Trainer that was made before the
+            previous task was trained, or from the second task on a checkpoint of a run without this callback.
 
     Example:
         >>> callback = LAECallback(task=1, ema_decay=0.99, num_freeze_epochs=3)
@@ -151,6 +151,7 @@ class LAECallback(KeepsState, TrainerCallback):
                 f" whose run had none: its steps are not in the average {self.offline!r}; resume from another, or train"
                 " the task from its beginning"
             )
+        check_countable(self.num_freeze_epochs, others.get("train_dataloader"))
         if self.num_freeze_epochs >= state.num_train_epochs:
             raise ValueError(
                 f"num_freeze_epochs must be below the {state.num_train_epochs} epochs of this run, got "

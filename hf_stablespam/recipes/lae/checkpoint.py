@@ -11,9 +11,9 @@ from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
 from hf_stablespam.recipes.lae.adapters import (
-    OFFLINE,
     ONLINE,
     adapter_parameters,
+    adapter_places,
     add_expert,
     add_lae_adapters,
     is_calibrated,
@@ -58,7 +58,8 @@ def _check_fits(model: Any, state_dict: dict[str, Any], prefix: str, *others: An
     own |= {f"classifier.{name}" for name in model.classifier.state_dict()}
     saved = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
     missing = sorted(own - saved)
-    extra = sorted(key for key in saved - set(own) if key.startswith("classifier.") or f".{OFFLINE}" in key)
+    places = ("classifier.", *(f"peft_model.{place}." for place in adapter_places(model.peft_model)))
+    extra = sorted(key for key in saved - own if key.startswith(places))
     if missing or extra:
         raise ValueError(
             "the checkpoint is of another task or other adapters: "
@@ -86,7 +87,7 @@ def _adapters(model: Any) -> set[int]:
 
 
 def save(model: LAEModel, directory: str | os.PathLike[str]) -> None:
-    """Adapters in PEFT's layout (the online one in the folder itself), heads, and a description."""
+    """Adapters in PEFT's layout (one called "default" in the folder itself), heads, and a description."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     model.peft_model.save_pretrained(str(folder))
@@ -98,6 +99,7 @@ def save(model: LAEModel, directory: str | os.PathLike[str]) -> None:
         "labels": model.classifier.labels,
         "experts": list(model.peft_model.peft_config),
         "calibrate": is_calibrated(model.peft_model),
+        "local_loss": model.local_loss,
         "pool": None if callable(model.pool) else model.pool,
     }
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
@@ -112,14 +114,17 @@ def load(cls: type[LAEModel], model: nn.Module, directory: str | os.PathLike[str
     pool = described["pool"] if pool is None else pool
     if pool is None:
         raise ValueError("pool was a function when the model was saved; pass it again: from_pretrained(..., pool=...)")
-    config = PeftConfig.from_pretrained(str(folder))
+    folders = {name: folder if name == ONLINE else folder / name for name in described["experts"]}  # as PEFT saves
+    first = ONLINE if ONLINE in folders else described["experts"][0]
+    config = PeftConfig.from_pretrained(str(folders[first]))
     config.inference_mode = False
-    peft_model = add_lae_adapters(model, config, calibrate=described["calibrate"])
-    for name in described["experts"]:
-        if name != ONLINE:
-            add_expert(peft_model, name)
-        _load_adapter(peft_model, name, folder if name == ONLINE else folder / name)
-    loaded = cls(peft_model, IncrementalClassifier.load(folder / HEADS), pool)
+    peft_model = add_lae_adapters(model, config, calibrate=described["calibrate"], name=first)
+    for name in folders:
+        if name != first:
+            add_expert(peft_model, name, like=first)
+        _load_adapter(peft_model, name, folders[name])
+    local_loss = described.get("local_loss", True)  # the first folders did not say
+    loaded = cls(peft_model, IncrementalClassifier.load(folder / HEADS), pool, local_loss=local_loss)
     loaded.task = described["task"]
     loaded.tasks_trained.fill_(described["tasks_trained"])
     return loaded

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import has_length
 
 from hf_stablespam.recipes.lae.model import LAEModel
 from hf_stablespam.trainer.registration.flat_shards import fsdp_version, zero_stage
@@ -35,4 +36,13 @@ def check_optimizer(model: LAEModel, optimizer: Any) -> None:
             f"the optimizer holds other parameters than those of this task (of {len(wanted)}, {len(missing)} are not "
             f"in it, and {len(held - wanted.keys())} others are); "
             "make each task's Trainer after the run of the task before"
+        )
+
+
+def check_countable(num_freeze_epochs: int, dataloader: Any) -> None:
+    """Where the data have no length the Trainer does not know where an epoch ends, so nothing would be frozen."""
+    if num_freeze_epochs and dataloader is not None and not has_length(dataloader):
+        raise ValueError(
+            f"num_freeze_epochs={num_freeze_epochs} counts epochs, and the training data have no length, so that the"
+            " Trainer cannot; give a data set with a length, or num_freeze_epochs=0"
         )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from transformers import PretrainedConfig
 from transformers.utils import ModelOutput
 
@@ -145,15 +146,30 @@ class LAEModel(nn.Module):
             output.loss = local_cross_entropy(output, labels, num_items_in_batch)
         return output
 
+    def train(self, mode: bool = True) -> LAEModel:
+        """Training mode for all but the backbone's batch norms, whose statistics are frozen as its weights are."""
+        super().train(mode)
+        for module in self.peft_model.modules():
+            if isinstance(module, _NormBase):
+                module.eval()
+        return self
+
     def features(self, **inputs: Any) -> torch.Tensor:
         """What the heads see of each sample, by the active expert: (batch, in_features)."""
         inputs.pop("return_loss", None)
         return pooled(self.backbone(**inputs), self.pool, inputs.get("attention_mask"))
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """For `TrainingArguments(gradient_checkpointing=True)`."""
+        """For `TrainingArguments(gradient_checkpointing=True)`.
+
+        A re-entrant checkpoint passes gradients on only if its input wants one, which a frozen embedding's output does
+        not.
+        """
         wrapped: Any = self.peft_model.get_base_model()
         wrapped.gradient_checkpointing_enable(**options)
+        chosen = options.get("gradient_checkpointing_kwargs") or {}
+        if chosen.get("use_reentrant", True) and hasattr(wrapped, "enable_input_require_grads"):
+            wrapped.enable_input_require_grads()
 
     def merge_and_unload(self, expert: str | None = None) -> nn.Module:
         """The backbone with one expert merged into its weights; heads and the other expert stay behind.

@@ -34,7 +34,7 @@ class SpeechTokenCollator:
         max_length: tokens of a sequence, at most; default 2048 (train_tts.py).
         instruction: begin of the user's turn.
         truncation: ``"cut"`` (on the right, as official: such a row has no end) or ``"drop"`` (leave the row out).
-        pad_to_multiple_of: the batch's length is a multiple of this; None: the longest row's length.
+        pad_to_multiple_of: the batch's length is a multiple of this, or `max_length`; None: the longest row's length.
 
     Attributes:
         num_cut: rows cut so far, in this process (a worker of the data loader counts its own).
@@ -90,7 +90,8 @@ class SpeechTokenCollator:
                 ' left it out: raise max_length, take truncation="cut", or filter the data set'
             )
         multiple = self.pad_to_multiple_of or 1
-        length = -(-max(len(ids) for ids, _ in sequences) // multiple) * multiple
+        longest = max(len(ids) for ids, _ in sequences)
+        length = max(longest, min(self.max_length, -(-longest // multiple) * multiple))
         left = self.tokenizer.padding_side == "left"
 
         def padded(values: list[int], filler: int) -> list[int]:

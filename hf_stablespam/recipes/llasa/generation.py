@@ -16,6 +16,7 @@ from hf_stablespam.recipes.llasa.vocabulary import SpeechVocabulary, check_rows
 OFFICIAL_SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 1.0, "repetition_penalty": 1.2}
 OFFICIAL_MAX_LENGTH = 2048
 _LENGTHS = ("max_length", "max_new_tokens")
+_UNSET_LENGTH = 20  # `max_length` of a generation config that gives none, before transformers 5
 _OURS = (
     "input_ids",
     "inputs",
@@ -25,8 +26,10 @@ _OURS = (
     "return_dict_in_generate",
     "num_return_sequences",
     "num_beams",
+    "min_new_tokens",
     "streamer",
 )
+_INSTEAD = {"min_new_tokens": ", and give min_codes: it would begin anew in every chunk"}
 
 
 class Continuations:
@@ -51,9 +54,13 @@ class Continuations:
         min_codes: int = 1,
         use_cache: bool = True,
     ) -> None:
+        config = generate_kwargs.get("generation_config")
+        asked = {*generate_kwargs} | (
+            {"min_new_tokens"} if getattr(config, "min_new_tokens", None) is not None else set()
+        )
         for name in _OURS:
-            if name in generate_kwargs:
-                raise ValueError(f"{name} is set by the search itself; leave it out")
+            if name in asked:
+                raise ValueError(f"{name} is set by the search itself; leave it out{_INSTEAD.get(name, '')}")
         check_rows(model, vocabulary)
         self.model = model
         self.vocabulary = vocabulary
@@ -78,6 +85,8 @@ class Continuations:
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=length,
+            # Nor what the model's own generation config, or one that is passed, says of them.
+            **{"min_new_tokens": None, "num_beams": 1, "num_return_sequences": 1},
             eos_token_id=self.vocabulary.end_id,
             pad_token_id=self.vocabulary.end_id,
             return_dict_in_generate=True,
@@ -98,8 +107,12 @@ class Continuations:
         return Candidate([*live.codes, *self.vocabulary.decode(new)], finished, parent=parent, row=row)
 
     def _cache_of(self, rows: list[int]) -> dict[str, Any]:
-        """The cache of these rows of the last batch, as `generate` takes it; nothing where there is none to keep."""
-        if self.cache is None or not hasattr(self.cache, "batch_select_indices"):
+        """The cache of these rows of the last batch, as `generate` takes it; nothing where there is none to keep.
+
+        A static cache has the method, but its layers do not: each chunk reads its prefix anew then.
+        """
+        parts = [self.cache, *getattr(self.cache, "layers", ())]
+        if not all(hasattr(part, "batch_select_indices") for part in parts):
             return {}
         self.cache.batch_select_indices(torch.tensor(rows, device=self.prompt.device))
         return {"past_key_values": self.cache}
@@ -130,10 +143,14 @@ def _sampling(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _max_new_tokens(options: Mapping[str, Any], prompt_length: int) -> int:
-    if options.get("max_new_tokens") is not None:
-        most = options["max_new_tokens"]
-    else:
-        most = (options.get("max_length") or OFFICIAL_MAX_LENGTH) - prompt_length
+    """As `generate` reads them: new tokens before a length, and an option before the generation config passed."""
+    config = options.get("generation_config")
+    given = (options.get("max_new_tokens"), getattr(config, "max_new_tokens", None))
+    most = next((value for value in given if value is not None), None)
+    if most is None:
+        length = getattr(config, "max_length", None)
+        length = None if length == _UNSET_LENGTH else length
+        most = (options.get("max_length") or length or OFFICIAL_MAX_LENGTH) - prompt_length
     if most < 1:
         raise ValueError(
             f"max_length must be above the prompt's {prompt_length} tokens, got {prompt_length + most}; raise it, or "

@@ -54,7 +54,7 @@ def best_of_n(
         min_codes: codes before a candidate may end.
         **generate_kwargs: options of `model.generate`. Without any sampling option those of the official inference
             hold (temperature 0.8, top-p 1, repetition penalty 1.2); with one, the others are the model's own. Without
-            `max_new_tokens` or `max_length` a sequence has at most 2048 tokens.
+            `max_new_tokens` or `max_length`, here or in a `generation_config`, a sequence has at most 2048 tokens.
 
     Returns:
         The winner, and all candidates with their scores.
@@ -112,7 +112,7 @@ def process_beam_search(
         final_verifier: who chooses among completed candidates; default None, `verifier`.
         min_codes: codes before a candidate may end.
         use_cache: keep keys and values of the beams from chunk to chunk; False reads each prefix anew, with equal
-            results.
+            results, as is done where rows of a cache cannot be chosen (``cache_implementation="static"``).
         **generate_kwargs: options of `model.generate`, as for `best_of_n`.
 
     Returns:

@@ -187,7 +187,7 @@ class _XVectors:
         # The convolutions of x-vectors need some frames; half a second of silence and speech is enough for all.
         audio = np.pad(audio, (0, max(0, self.sampling_rate // 2 - len(audio))))
         inputs = self.feature_extractor(audio, sampling_rate=self.sampling_rate, return_tensors="pt")
-        return self.model(**inputs.to(self.model.device)).embeddings[0].float()
+        return self.model(**inputs.to(self.model.device, self.model.dtype)).embeddings[0].float()
 
 
 def _audio(codec: Any, codes: Sequence[int]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 TEXT_START, TEXT_END = "<|TEXT_UNDERSTANDING_START|>", "<|TEXT_UNDERSTANDING_END|>"
 SPEECH_START, SPEECH_END = "<|SPEECH_GENERATION_START|>", "<|SPEECH_GENERATION_END|>"
@@ -104,8 +107,10 @@ def add_speech_tokens(
 
     The eight markers come first, then ``<|s_0|>`` to ``<|s_{codebook_size - 1}|>``. A tokenizer that has them already,
     one that was saved after training say, stays as it is: call this after loading too, and it checks that tokenizer
-    and model agree. New rows are drawn from the mean and covariance of the old ones
-    (`resize_token_embeddings`); a head that is tied to the embedding stays tied.
+    and model agree: a model with rows for some of the codes only is refused, and one without any gets new rows, with a
+    warning, since a model that was trained for speech has them. New rows are drawn from the mean and covariance of the
+    old ones (`resize_token_embeddings`); a head that is tied to the embedding stays tied. Rows beyond the tokens, which
+    pad a vocabulary, stay.
 
     Args:
         processing_class: tokenizer, or a processor that holds one.
@@ -210,6 +215,12 @@ def _resize(
             f"the model has {rows} embedding rows, fewer than the tokenizer's {len(tokenizer)} tokens, but some for "
             "codes: load model and tokenizer from the same checkpoint; if its rows are only padding, call "
             f"model.resize_token_embeddings({len(tokenizer)}) first"
+        )
+    if not is_new:
+        logger.warning(
+            "the tokenizer had its speech tokens and the model %d embedding rows, none of them for codes; the others up"
+            " to %d are drawn at random, and must be trained: a model that was trained for speech has all of them",
+            *(rows, len(tokenizer)),
         )
     model.resize_token_embeddings(len(tokenizer))
 

@@ -126,8 +126,9 @@ def teach_training_arguments(arguments_cls: type) -> None:
 
 
 def teach_callback_handler(handler_cls: type) -> None:
-    """Prepare the optimizer at the start of training. Twice is harmless."""
+    """Prepare the optimizer at the start of training, and release its parameters at the end. Twice is harmless."""
     patch(handler_cls, "on_train_begin", _preparing)
+    patch(handler_cls, "on_train_end", _releasing)
 
 
 def _checking(original: Any) -> Any:
@@ -207,6 +208,7 @@ def _preparing(original: Any) -> Any:
     # Here the checkpoint is loaded, and every Trainer comes by: one with a `create_scheduler` of its own too.
     def on_train_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         # Imported here, because registering must import neither torch nor accelerate.
+        from hf_stablespam.optim.layerwise import LayerwiseStableSPAM, remove_hooks
         from hf_stablespam.trainer.callbacks.helpers import accelerator_watch
         from hf_stablespam.trainer.registration.resume import note_names
 
@@ -215,6 +217,19 @@ def _preparing(original: Any) -> Any:
         if self.optimizer is not None:
             accelerator_watch.watch_ours(self.optimizer)
             note_names(self.optimizer, self.model)
+        remove_hooks(self.model.parameters() if self.model is not None else [])  # of a run that broke off
+        if isinstance(optimizer := unwrap(self.optimizer), LayerwiseStableSPAM):
+            optimizer.hook_parameters()
         return original(self, args, state, control, **kwargs)
 
     return on_train_begin
+
+
+def _releasing(original: Any) -> Any:
+    def on_train_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        from hf_stablespam.optim.layerwise import remove_hooks
+
+        remove_hooks(self.model.parameters() if self.model is not None else [])
+        return original(self, args, state, control, **kwargs)
+
+    return on_train_end

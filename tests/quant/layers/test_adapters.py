@@ -96,7 +96,7 @@ def test_an_adapter_that_goes_past_its_layer_is_refused_by_name(name: str, first
         return
     with pytest.raises(ValueError, match=r"0 is an adapter \(peft.* that makes no use of the 4-bit"):
         converted(config, first)
-    kept = FourBitConfig("int4", None, group_size=8, modules_to_not_convert=("0", "0.base_layer"))
+    kept = FourBitConfig("int4", None, group_size=8, modules_to_not_convert=("0",))
     converted(config_of(*GO_PAST[name]), first, kept)
 
 
@@ -260,6 +260,22 @@ def test_the_layers_of_any_adapter_stay_in_high_precision() -> None:
     convert_to_4bit(model, CONFIG)
     four_bit = [name for name, module in model.named_modules() if isinstance(module, FourBitLinear)]
     assert four_bit == ["base_model.model.0.base_layer"]
+
+
+@pytest.mark.parametrize("pattern", ["0", r"\d", r"(.*\.)?0"])
+@pytest.mark.parametrize("first", ["convert", "peft"])
+def test_a_layer_keeps_its_name_under_an_adapter(first: str, pattern: str, caplog: pytest.LogCaptureFixture) -> None:
+    lora = LoraConfig(target_modules=["0", "1"])
+    only = FourBitConfig("int4", None, group_size="auto", target_modules=(pattern,))
+    model = converted(lora, first, only)
+    four_bit = [name for name, module in model.named_modules() if isinstance(module, FourBitLinear)]
+    expected = ["base_model.model.0.base_layer", "base_model.model.1.base_layer"]
+    assert four_bit == (expected if pattern == r"\d" else expected[:1])
+    convert_to_4bit(model, only)  # the same configuration again does nothing
+    if pattern != r"\d":
+        left = converted(lora, first, FourBitConfig("int4", None, group_size=8, modules_to_not_convert=(pattern,)))
+        assert [name for name, module in left.named_modules() if isinstance(module, FourBitLinear)] == expected[1:]
+    assert "does nothing" not in caplog.text
 
 
 @pytest.mark.parametrize("config", [FourBitConfig.nvfp4(), CONFIG], ids=["nvfp4", "int4"])

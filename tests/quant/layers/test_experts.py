@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -308,6 +309,35 @@ def test_weights_that_are_quantized_already_are_refused() -> None:
     experts = experts_of(model)
     experts.down_proj = nn.Parameter(torch.zeros(4, 32, 32, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TypeError, match=r"down_proj of Qwen3MoeExperts must be floating-point .*torch.int8"):
+        convert_to_4bit(model, FourBitConfig(group_size=32))
+
+
+@pytest.mark.parametrize("name", ["int4", "nvfp4 with gradients"])
+@pytest.mark.parametrize("removed", [False, True])
+def test_experts_under_hooks_of_accelerate_are_in_4_bits(removed: bool, name: str) -> None:
+    """Hooks leave a forward on the module itself, even when they are taken away again."""
+    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    config = replace(FORMATS[name], target_modules=("experts",))
+    plain, expected = mixture().eval(), convert_to_4bit(mixture(), config).eval()(TOKENS).logits
+    before = plain(TOKENS).logits
+    model = mixture().eval()
+    hooks.attach_execution_device_hook(model, "cpu")
+    if removed:
+        hooks.remove_hook_from_submodules(model)
+    convert_to_4bit(model, config)
+    assert torch.equal(model(TOKENS).logits, expected)
+    assert not torch.equal(expected, before)
+    restore_linear(model)
+    assert torch.equal(model(TOKENS).logits, before)
+    hooks.remove_hook_from_submodules(model)
+    assert torch.equal(model(TOKENS).logits, before)
+
+
+def test_experts_whose_forward_was_replaced_are_refused() -> None:
+    model = mixture()
+    original = type(experts_of(model)).forward
+    experts_of(model).forward = lambda *args: original(experts_of(model), *args)
+    with pytest.raises(ValueError, match=r"'model.layers.0.mlp.experts' has a forward of its own, which does not call"):
         convert_to_4bit(model, FourBitConfig(group_size=32))
 
 

@@ -157,3 +157,20 @@ def test_a_layerwise_optimizer_is_refused():
     with pytest.raises(ValueError, match="has gradient hooks, as layer-wise optimizers put on it"):
         prune_units(model, PLAN)
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
+
+
+class Projector:
+    def __init__(self, matrix):
+        self.matrix = matrix
+
+
+@pytest.mark.parametrize("made", [lambda m: [m], lambda m: {"left": (m,)}, Projector])
+def test_tensors_inside_of_lists_and_objects_are_reset_and_named(made):
+    model, optimizer = trained("adamw")
+    weights = [layer.mlp.up_proj.weight for layer in model.model.layers]
+    optimizer.state[weights[0]]["preconditioner"] = made(torch.eye(48))
+    optimizer.state[weights[1]]["hyperparameters"] = [0.9, torch.tensor(1.0)]
+    report = prune_units(model, PLAN, optimizer, optimizer_state="keep")
+    assert report.reset == ("model.layers.0.mlp.up_proj.weight",)
+    assert model.model.layers[0].mlp.up_proj.weight not in optimizer.state
+    assert "hyperparameters" in optimizer.state[model.model.layers[1].mlp.up_proj.weight]

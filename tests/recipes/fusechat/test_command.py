@@ -1,5 +1,6 @@
 """`hf-stablespam fuse`: files in, data sets out, and errors that name the line."""
 
+import gzip
 import json
 import sys
 
@@ -61,11 +62,37 @@ def test_messages_with_keys_of_their_own_stay_what_they_are(fuse, tmp_path):
     assert data["dpo"][0]["chosen"] == [{"role": "assistant", "content": "0.15"}]
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_texts_that_look_like_dates_stay_texts(fuse, tmp_path, chat):
+    rows = [
+        row(prompt, reward, response=day)
+        for prompt in "xyz"
+        for day, reward in (("2024-01-05", 0.1), ("1999-12-31", 0.15))
+    ]
+    if chat:
+        rows = [{**each, "response": [{"role": "assistant", "content": each["response"]}]} for each in rows]
+        rows = [{**each, "prompt": [{"role": "user", "content": "2020-02-02"}]} for each in rows]
+    write(tmp_path / "a.jsonl", rows)
+    fraction = 0 if chat else 0.4
+    assert fuse("a.jsonl", "-o", "data", "--sft-fraction", str(fraction))[0] == 0
+    data, expected = load_from_disk(tmp_path / "data"), build_preference_dataset(rows, sft_fraction=fraction)
+    assert {part: data[part].to_list() for part in data} == {part: expected[part].to_list() for part in expected}
+    assert "1999-12-31" in str(data["dpo"][0])
+
+
+def test_lines_need_neither_the_same_keys_nor_the_same_kind_of_number(fuse, tmp_path):
+    rows = [row("p", 1), row("p", 0.95), row("q", 1, note="x"), row("q", 0.95)]
+    lines = [json.dumps(each) for each in rows]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n\n".join(lines).encode("utf-8-sig")))
+    assert fuse("a.jsonl.gz", "-o", "data", "--sft-fraction", "0")[0] == 0
+    assert load_from_disk(tmp_path / "data")["dpo"]["chosen_reward"][:] == [1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ('{"prompt": "p"}\n{"prompt": \n', "a.jsonl: line 2 must be a JSON object (Expecting value"),
-        ("[1, 2]\n", "responses must have a column 'prompt', its columns are 'text'"),
+        ("[1, 2]\n", "a.jsonl: line 1 must be a JSON object, got '[1, 2]'; write one for each answer"),
         ("", "a.jsonl: the file must have at least one line, it is empty"),
         ('{"prompt": "p", "answer": "x"}\n', "responses must have a column 'response', its columns are"),
         (
@@ -85,6 +112,11 @@ def test_what_cannot_be_read(fuse, tmp_path, text, message):
     assert status == 1
     assert message in err
     assert not (tmp_path / "data").exists()
+
+
+def test_a_file_in_another_encoding(fuse, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"prompt": "é"}\n'.encode("latin-1"))
+    assert "a.jsonl: the file must be text in UTF-8" in fuse("a.jsonl", "-o", "data")[2]
 
 
 def test_a_file_that_is_not_there(fuse):

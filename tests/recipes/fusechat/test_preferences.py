@@ -3,10 +3,12 @@
 import json
 import random
 import time
+from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
-from datasets import Dataset, load_from_disk
+from datasets import ClassLabel, Dataset, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -215,6 +217,30 @@ def test_wrong_rows(change, error, message):
         build(rows, correct="correct" in change, sft_fraction=0.5)
 
 
+@pytest.mark.parametrize("value", [datetime(2024, 1, 5), 5, {"role": "user", "content": "x"}, ["x"], [{"text": "x"}]])
+@pytest.mark.parametrize("name", ["prompt", "response"])
+def test_texts_that_are_none(name, value):
+    with pytest.raises(ValueError, match=f"'{name}' must be a string or a list of chat messages .* row 0 has"):
+        build([{**r, name: value} for r in ROWS])
+
+
+def test_a_wrong_score_among_numbers_of_numpy_is_the_one_that_is_named():
+    scores = [np.float32(0.1), np.float32(0.2), "bad"]
+    with pytest.raises(ValueError, match="row 2 has 'bad'"):
+        build([row("p", score, response=str(score)) for score in scores])
+
+
+@pytest.mark.parametrize("scores", [[1, 2**70], [0.5, 2**60 + 1], [np.float32(1), 2**70]])
+def test_large_integers_are_scores(scores):
+    data = build([row("p", score) for score in scores], sft_fraction=0.0, max_gap=None)
+    assert data["dpo"]["chosen_reward"][:] == [float(scores[1])]
+
+
+def test_an_integer_without_a_float_is_no_score():
+    with pytest.raises(ValueError, match="'reward' must be a finite number in every row, row 1 has inf"):
+        build([row("p", 1, response="x"), row("p", 10**400, response="y")])
+
+
 def test_wrong_inputs():
     with pytest.raises(ValueError, match="at least one row, got none"):
         build([])
@@ -264,6 +290,16 @@ def test_the_report_counts_shares_gaps_and_what_was_dropped(tmp_path):
     lost = fusion_report({"sft": Dataset.from_dict({"source": ["A"]}), "dpo": bare["dpo"]})
     assert lost["dropped"] is None
     assert lost["sources"]["A"]["sft_share"] == 1.0
+
+
+def test_sources_that_are_numbers_are_counted_like_others():
+    """A `ClassLabel` column holds integers."""
+    named = [row("p", 0.2, "0"), row("p", 0.15, "0"), row("q", 0.3, "1"), row("q", 0.25, "1")]
+    labels = ClassLabel(names=["llama", "qwen"])
+    numbered = Dataset.from_list([{**r, "source": int(r["source"])} for r in named]).cast_column("source", labels)
+    expected = fusion_report(build(named, sft_fraction=0.5))
+    assert fusion_report(build(numbered, sft_fraction=0.5)) == expected
+    assert sum(source["pairs"] for source in expected["sources"].values()) == 1
 
 
 def test_a_hundred_thousand_rows_take_less_than_five_seconds():

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
 
 from hf_stablespam.recipes.fusechat import sample_responses
 from tests.recipes.fusechat.helpers import target, tokenizer
@@ -73,6 +75,21 @@ def test_an_answer_ends_at_the_end_token_and_says_so():
     assert sample(model, **options)["finished"][0] is not ends
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_the_token_a_decoder_starts_with_is_no_end(ends):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 32, "d_model": 16, "max_position_embeddings": 64, "forced_eos_token_id": None}
+    shape |= {f"{side}_{name}": 1 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    shape |= {f"{side}_ffn_dim": 16 for side in ("encoder", "decoder")}
+    tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1, "decoder_start_token_id": 1}
+    model = BartForConditionalGeneration(BartConfig(**shape, **tokens))
+    with torch.no_grad():
+        model.final_logits_bias[0, 1] = 1e9 if ends else -1e9
+    rows = sample(model)
+    assert rows["finished"][:] == [ends] * 9
+    assert all((text == "") == ends for text in rows["response"])
+
+
 def test_a_chat_template_is_applied_to_messages_only(caplog):
     model, seen = target(), []
     original = model.generate
@@ -84,6 +101,32 @@ def test_a_chat_template_is_applied_to_messages_only(caplog):
     assert row["prompt"] == [{"role": "user", "content": "ab"}]
     sample_responses(model, chat, ["ab"], **options)
     assert chat.convert_ids_to_tokens(seen[1][0]) == ["a", "b"]
+
+
+FILTERS = {"min_p": 0.999, "typical_p": 0.1, "suppress_tokens": list(range(2, 20)), "no_repeat_ngram_size": 1}
+FILTERS |= {"num_beams": 2, "num_return_sequences": 2, "min_new_tokens": 5}
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("name", FILTERS)
+def test_no_filter_of_the_model_s_own_generation_config_is_applied(name, adapter):
+    model = target()
+    model.lm_head.weight.data[1] *= 3  # some answers end early
+    expected = sample(model).to_list()
+    model.generation_config = own = GenerationConfig(
+        do_sample=True, **{name: FILTERS[name]}, pad_token_id=0, eos_token_id=1
+    )
+    if adapter:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert sample(model).to_list() == expected
+    assert model.generation_config is own
+    assert getattr(own, name) == FILTERS[name]
+
+
+def test_special_tokens_of_the_model_s_own_generation_config_count():
+    model = target()
+    model.generation_config.forced_eos_token_id = 1
+    assert all(sample(model)["finished"])
 
 
 @pytest.mark.parametrize("cut", [None, "line", "letters"])

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 from transformers.modeling_outputs import ModelOutput
 
 from hf_stablespam.recipes.fusechat import score_responses
@@ -57,6 +64,27 @@ def test_messages_are_scored_as_their_texts():
     for with_template in (False, True):
         scores = [score_responses(rows, model, tokenizer(with_template))["reward"][:] for rows in (ROWS, chat)]
         assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize(("adapter", "max_length"), [(False, None), (True, None), (False, 6)])
+def test_segments_reach_a_model_that_has_them(tmp_path, adapter, max_length):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]))
+    words = BertTokenizerFast.from_pretrained(tmp_path)
+    torch.manual_seed(0)
+    shape = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "pad_token_id": 0}
+    shape |= {"num_attention_heads": 2, "num_labels": 1, "initializer_range": 0.5}
+    model = BertForSequenceClassification(BertConfig(**shape)).eval()
+    if adapter:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    pairs = [("a b", "c d"), ("a", "b c d e f g"), ("a b c", "a b")]
+    expected = []
+    for prompt, response in pairs:
+        inputs = {name: values[:, :max_length] for name, values in words(prompt, response, return_tensors="pt").items()}
+        with torch.no_grad():
+            expected.append(model.eval()(**inputs).logits.item())
+    rows = [{"prompt": prompt, "response": response} for prompt, response in pairs]
+    scored = score_responses(rows, model, words, batch_size=3, max_length=max_length)
+    assert scored["reward"][:] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_model_with_a_score_of_its_own():

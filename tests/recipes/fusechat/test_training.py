@@ -206,10 +206,12 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
 def test_one_stage_alone(tmp_path, fraction):
     sft_args, dpo_args = settings(tmp_path)
-    model = target()
+    model = target(hidden_size=32, intermediate_size=32)
     start = {name: weight.clone() for name, weight in model.state_dict().items()}
-    trained = train_target(model, tokenizer(), preferences(sft_fraction=fraction), sft_args, dpo_args)
+    data, options = preferences(sft_fraction=fraction), {"four_bit": FOUR_BIT, "export": True}
+    trained = train_target(model, tokenizer(), data, sft_args, dpo_args, **options)
     stages = ("sft", "dpo") if fraction else ("dpo", "sft")
+    assert [folder.parent.name for folder in tmp_path.rglob("4bit")] == [stages[0]]
     assert (tmp_path / stages[0] / "trainer_state.json").exists()
     assert not (tmp_path / stages[1] / "trainer_state.json").exists()
     assert not torch.equal(trained.lm_head.weight, start["lm_head.weight"])
@@ -276,6 +278,20 @@ def test_the_settings_are_the_source_s(tmp_path, monkeypatch):
         paper_settings(tmp_path, sft={"learning_rat": 1e-3})
 
 
+def test_a_batch_that_is_not_the_source_s_is_mentioned(tmp_path, monkeypatch):
+    from hf_stablespam.recipes.fusechat import settings as module
+
+    said = []
+    monkeypatch.setattr(module.logger, "warning", lambda *parts: said.append(parts[0] % parts[1:]))
+    sft = {"use_cpu": True, "bf16": False, "per_device_train_batch_size": 24}
+    sft_args, _ = paper_settings(tmp_path, sft=sft, dpo={"use_cpu": True, "bf16": False})
+    assert sft_args.per_device_train_batch_size * sft_args.gradient_accumulation_steps == 120
+    assert len(said) == 1
+    assert "24 sequences on each of 1 processes do not make up the batch of 128: it is 120" in said[0]
+    paper_settings(tmp_path, sft={**sft, "gradient_accumulation_steps": 2}, dpo={"use_cpu": True, "bf16": False})
+    assert len(said) == 1
+
+
 def test_wrong_uses_are_refused_before_training(tmp_path):
     sft_args, dpo_args = settings(tmp_path)
 
@@ -288,6 +304,9 @@ def test_wrong_uses_are_refused_before_training(tmp_path):
         train(export=True, four_bit=FourBitConfig())
     with pytest.raises(ValueError, match="folders of their own"):
         train(args=(sft_args, settings(tmp_path, dpo={"output_dir": sft_args.output_dir})[1]))
+    for stage in (sft_args, dpo_args):
+        with pytest.raises(ValueError, match="export must be another folder than those of the stages"):
+            train(export=f"{stage.output_dir}/", four_bit=FourBitConfig(group_size=16))
     with pytest.raises(ValueError, match=r"the parts 'sft' and 'dpo' and a row in one of them, it has {'dpo': 8}"):
         train(data={"dpo": preferences()["dpo"]})
     from peft import get_peft_model

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, TaskType
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from hf_stablespam.recipes.lae import (
@@ -56,6 +57,8 @@ def two_tasks() -> IncrementalClassifier:
          r"scales LoRA on nn.Linear only, got .*projection \(Conv2d\)"),
         (lambda: add_lae_adapters(tiny_vit(), PrefixTuningConfig(num_virtual_tokens=2)), "CalibratedPrefixConfig"),
         (lambda: add_lae_adapters(tiny_vit(), LoraConfig(task_type=TaskType.SEQ_CLS)), "leave both out"),
+        (lambda: add_lae_adapters(tiny_vit(), LoraConfig(target_modules=["k_proj"], bias="lora_only")),
+         "bias must be 'none', got 'lora_only': the backbone's own biases belong to no expert"),
         (lambda: add_lae_adapters(add_lae_adapters(tiny_vit(), lora()), lora()), "has PEFT adapters already"),
         (lambda: add_lae_adapters(tiny_vit(), ParallelAdapterConfig(target_modules=["layernorm"])),
          "LayerNorm has no linear layer"),
@@ -124,6 +127,28 @@ def test_an_epoch_must_be_left_for_the_online_expert(tmp_path):
         trainer.train()
     assert vit_model()  # task 0 is never frozen
     trainer_of(vit_model(), tmp_path, LAECallback(0, num_freeze_epochs=2)).train()
+
+
+class Stream(IterableDataset):
+    """The images of a task, without a length."""
+
+    def __init__(self, task):
+        self.rows = Images(task)
+
+    def __iter__(self):
+        yield from (self.rows[index] for index in range(len(self.rows)))
+
+
+def test_freezing_needs_epochs_that_can_be_counted(tmp_path):
+    def trainer(task, epochs):
+        callback = LAECallback(task, 0.9, num_freeze_epochs=epochs)
+        model = vit_model(tasks=2)
+        return Trainer(model, arguments(tmp_path, max_steps=4), train_dataset=Stream(task), callbacks=[callback])
+
+    with pytest.raises(ValueError, match=r"num_freeze_epochs=1 counts epochs.*no length.*num_freeze_epochs=0"):
+        trainer(1, 1).train()
+    trainer(1, 0).train()
+    trainer(0, 1).train()  # task 0 is never frozen
 
 
 def test_adapters_of_two_shapes(tmp_path):

@@ -46,6 +46,12 @@ def test_training_sequences_are_the_official_ones(case):
     assert rest <= {IGNORED}
 
 
+@pytest.mark.parametrize(("codes", "length"), [(200, 100), (1, 64)])
+def test_no_batch_is_longer_than_the_longest_sequence_may_be(codes, length):
+    batch = collator(max_length=100)([{"text": "Hi.", "codes": [1] * codes}])
+    assert all(tensor.shape == (1, length) for tensor in batch.values())
+
+
 @pytest.mark.parametrize("case", golden("official")["generation_prompt"], ids=lambda case: case["text"])
 def test_prompts_are_the_official_ones(case):
     assert (

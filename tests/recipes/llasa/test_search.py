@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
 
 from hf_stablespam import FourBitConfig, FourBitLinear, convert_to_4bit
 from hf_stablespam.recipes.llasa import (
@@ -11,6 +12,7 @@ from hf_stablespam.recipes.llasa import (
     process_beam_search,
     speech_prompt,
 )
+from hf_stablespam.recipes.llasa.generation import Continuations
 from tests.recipes.llasa.helpers import llama, speech_tokenizer
 
 TOKENIZER, VOCABULARY = speech_tokenizer()
@@ -27,14 +29,18 @@ def constant(codes: list[list[int]]) -> list[float]:
     return [0.0] * len(codes)
 
 
-@pytest.fixture(scope="module")
-def model():
+def ends_soon():
     """Ends speech after a few codes: the end's row points where hidden states do."""
     model = llama(301)
     with torch.no_grad():
         hidden = model.model(torch.tensor([PROMPT])).last_hidden_state[0, -1]
         model.get_input_embeddings().weight[VOCABULARY.end_id] = 0.3 * hidden / hidden.norm()
     return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ends_soon()
 
 
 def sample(model, seed, **options):
@@ -91,6 +97,24 @@ def test_searching_with_and_without_the_cache_agrees(model, options, until):
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_a_cache_of_which_no_rows_can_be_chosen_is_not_kept(own):
+    model, results = ends_soon(), []
+    for option in ({}, {"cache_implementation": "static"}):
+        model.generation_config = GenerationConfig(**(option if own else {}))
+        torch.manual_seed(0)
+        options = {
+            "vocabulary": VOCABULARY,
+            "chunk_size": 5,
+            "max_new_tokens": 24,
+            **SAMPLING,
+            **({} if own else option),
+        }
+        results.append(process_beam_search(model, PROMPT, mean, **options))
+    assert len(results[0].steps) > 1
+    assert results[0] == results[1]
+
+
 def test_the_official_sampling_holds_where_none_is_asked_for(model):
     official = {"do_sample": True, "temperature": 0.8, "top_p": 1.0, "repetition_penalty": 1.2}
     found = []
@@ -116,6 +140,41 @@ def test_what_a_prompt_may_be(model, search):
             options |= {"beam_width": 2, "expansions": 1, "chunk_size": 3}
         found.append((best_of_n if search == "best of n" else process_beam_search)(model, prompt, mean, **options))
     assert found.count(found[0]) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "most"),
+    [
+        ({"max_new_tokens": 5}, {}, 5),
+        ({"max_new_tokens": 5}, {"max_length": len(PROMPT) + 9}, 5),
+        ({"max_new_tokens": 5}, {"max_new_tokens": 7}, 7),
+        ({"max_length": len(PROMPT) + 6}, {}, 6),
+        ({"max_length": len(PROMPT) + 6}, {"max_length": len(PROMPT) + 9}, 9),
+        ({}, {"max_new_tokens": 3}, 3),
+    ],
+)
+def test_the_length_of_a_generation_config_counts(model, config, options, most):
+    given = {"generation_config": GenerationConfig(do_sample=True, **config), "min_codes": most, **options}
+    torch.manual_seed(0)
+    result = best_of_n(model, PROMPT, mean, 4, vocabulary=VOCABULARY, **given)
+    assert {len(codes) for codes in result.candidates} == {most}
+
+
+def test_a_generation_config_without_a_length_leaves_the_official_one(model):
+    config = GenerationConfig(do_sample=True)
+    assert Continuations(model, PROMPT, VOCABULARY, {"generation_config": config}).max_new_tokens == 2048 - len(PROMPT)
+
+
+@pytest.mark.parametrize("option", [{"min_new_tokens": 5}, {"num_beams": 2}, {"num_return_sequences": 2}])
+def test_what_the_search_sets_no_generation_config_changes(option):
+    model, found = ends_soon(), []
+    for own in ({}, option):
+        model.generation_config = GenerationConfig(do_sample=True, **own)
+        torch.manual_seed(0)
+        options = {"vocabulary": VOCABULARY, "chunk_size": 3, "max_new_tokens": 30, **SAMPLING}
+        found.append(process_beam_search(model, PROMPT, mean, **options))
+    assert found[0] == found[1]
+    assert found[0].finished
 
 
 def test_a_constant_verifier_gets_the_first_finished_candidate(model):
@@ -231,6 +290,8 @@ def test_empty_speech_loses_and_alone_is_returned_as_unfinished(model, caplog):
         ({"n": 1, "max_new_tokens": 0}, r"max_new_tokens"),
         ({"n": 1, "num_return_sequences": 2}, "num_return_sequences is set by the search itself"),
         ({"n": 1, "min_codes": -1}, "min_codes must be at least 0, got -1"),
+        ({"min_new_tokens": 5}, "min_new_tokens is set by the search itself; leave it out, and give min_codes"),
+        ({"generation_config": GenerationConfig(min_new_tokens=5)}, "leave it out, and give min_codes: it would begin"),
     ],
 )
 def test_wrong_options_are_refused(model, options, message):

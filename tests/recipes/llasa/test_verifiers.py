@@ -111,6 +111,17 @@ def test_a_speaker_encoder_of_transformers_compares_voices():
     assert verifier([[30, 2] * 40]) == [pytest.approx(other, abs=1e-6)]  # alone as among others
 
 
+def test_a_speaker_encoder_may_be_in_bfloat16():
+    torch.manual_seed(0)
+    layers = {"tdnn_dim": (16, 16, 16, 16, 24), "xvector_output_dim": 8}
+    model, scores = WavLMForXVector(WavLMConfig(**SHAPE, **layers)), []
+    for kind in (torch.float32, torch.bfloat16):
+        extractor = Wav2Vec2FeatureExtractor(do_normalize=True)
+        verifier = SpeakerSimilarityVerifier(model.to(kind), tone([5] * 60), codec=tone, feature_extractor=extractor)
+        scores.append(verifier([[5] * 60, [30, 2] * 40]))
+    assert scores[1] == pytest.approx(scores[0], abs=0.02)
+
+
 def test_a_model_that_hears_needs_a_codec():
     with pytest.raises(ValueError, match="codec must be given for a model that hears audio"):
         SpeakerSimilarityVerifier(WavLMForXVector(WavLMConfig(**SHAPE)), [0.0])

@@ -81,11 +81,20 @@ def test_the_model_grows_and_keeps_its_rows_and_its_tie():
     assert after[261:].std() > 0
 
 
-def test_tokens_first_and_the_model_later():
+def test_tokens_first_and_the_model_later(caplog):
+    """The model is then one without any row for a code, which a warning says: it may be from elsewhere."""
     tokenizer, _ = speech_tokenizer()
     model = llama(261)
+    assert not caplog.text
     add_speech_tokens(tokenizer, CODES, model=model)
     assert model.config.vocab_size == 301
+    assert (
+        "the model 261 embedding rows, none of them for codes; the others up to 301 are drawn at random" in caplog.text
+    )
+    caplog.clear()
+    add_speech_tokens(tokenizer, CODES, model=model)
+    add_speech_tokens(text_tokenizer(), CODES, model=llama(261))
+    assert not caplog.text
 
 
 def test_rows_that_pad_a_vocabulary_are_kept():

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from hf_stablespam import FourBitCallback, FourBitConfig, FourBitLinear, GradientNormCallback
 from tests.processes import run_code
 from tests.trainer.callbacks.gradient_helpers import KeepNorms, Spike
-from tests.trainer.helpers import tiny_trainer, training_logs
+from tests.trainer.helpers import tiny_llama, tiny_trainer, training_logs
 
 
 @pytest.mark.parametrize("optim", ["stable_spam", "spam", "adamw_torch", "sgd"])
@@ -164,6 +164,28 @@ def test_norms_by_block_are_those_of_their_tensors(tmp_path):
         for block in blocks:
             expected = math.hypot(*(norm for name, norm in norms.items() if name.startswith(block + ".")))
             assert row[f"gradients/norm/{block}"] == pytest.approx(expected, rel=1e-4)
+
+
+class Unfreeze(TrainerCallback):
+    """Train the first block from the fourth step on."""
+
+    def on_step_begin(self, args, state, control, model, optimizer, **kwargs):
+        if state.global_step == 3:
+            block = model.model.layers[0].requires_grad_(True)
+            optimizer.param_groups[0]["params"].extend(block.parameters())
+
+
+@pytest.mark.parametrize("optim", ["stable_spam", "adamw_torch"])
+@pytest.mark.parametrize("by", ["block", "tensor", None])
+def test_parameters_that_are_unfrozen_join_the_figures(tmp_path, by, optim):
+    model = tiny_llama()
+    model.model.layers[0].requires_grad_(False)
+    callbacks, saving = [GradientNormCallback(by=by), Unfreeze()], {"save_strategy": "steps", "save_steps": 3}
+    trainer = tiny_trainer(tmp_path, model=model, callbacks=callbacks, optim=optim, logging_steps=2, **saving)
+    trainer.train()
+    logged = [{key for key in row if "layers.0" in key} for row in training_logs(trainer)]
+    assert [bool(keys) for keys in logged] == [False, by is not None, by is not None]
+    assert all(row["gradients/norm"] > 0 for row in training_logs(trainer))
 
 
 class KeepWeights(TrainerCallback):

@@ -33,7 +33,7 @@ def test_it_is_stabilize_around_the_trainers_optimizer(tmp_path, optim):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "spam"])
 def test_resuming_is_exact(tmp_path, optim, dtype):
     def run(folder, resume=None):
         callbacks = [StabilizeCallback(clip_beta=0.9)]

@@ -11,10 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from hf_stablespam.quant.export.widths import head_width, layer_widths
+from hf_stablespam.quant.export.gguf.metadata import check_configuration
+from hf_stablespam.quant.export.widths import layer_widths
 
 SILU, TANH_GELU = ("silu",), ("gelu_pytorch_tanh",)
 
@@ -34,9 +32,15 @@ class Architecture:
             0: it knows no window, so that the context ends with it.
         tensor_scales: llama.cpp multiplies by the scale of a whole tensor, which NVFP4 needs.
         scalars: field of the config → name of the metadata's setter in `gguf.GGUFWriter`.
-        fixed: field of the config → the only value that llama.cpp computes with.
+        fixed: field of the config, or of its `rope_parameters` → the only value that llama.cpp computes with.
+        needed: those of `scalars` that llama.cpp takes a number of its own for where there is none.
+        plain_layers: every so many layers one has no rotary embedding, as llama.cpp has it.
+        wide_scalar: the number of layers at which llama.cpp scales attention by hidden_size / heads, and not by the
+            width of a head.
         counts: the same for integers.
         full_heads: llama.cpp takes it that all heads together are as wide as the model.
+        rope_factors: llama.cpp reads a factor for each frequency of the rotary embedding, as Llama 3 has them.
+        rounded_bounds: llama.cpp rounds the bounds of YaRN's ramp, and is known to, where the models do not.
         by_layer: llama.cpp's name for the same with layers of unequal widths; empty: it has none.
         renamed: part of a parameter's name → what gguf's table has for it.
     """
@@ -51,7 +55,12 @@ class Architecture:
     scalars: tuple[tuple[str, str], ...] = ()
     counts: tuple[tuple[str, str], ...] = ()
     fixed: tuple[tuple[str, Any], ...] = ()
+    needed: tuple[str, ...] = ()
+    plain_layers: int = 0
+    wide_scalar: int = 0
     full_heads: bool = False
+    rope_factors: bool = False
+    rounded_bounds: bool = False
     by_layer: str = ""
     renamed: tuple[tuple[str, str], ...] = ()
 
@@ -75,34 +84,69 @@ _SHARED_EXPERT = (("shared_expert_intermediate_size", "add_expert_shared_feed_fo
 # Every layer is a mixture there.
 _MIXED: tuple[tuple[str, Any], ...] = (("decoder_sparse_step", 1), ("mlp_only_layers", []))
 
+# Of what other values make llama.cpp has no tensors, or no place for, and does not load the file.
+_NO_BIAS: tuple[tuple[str, Any], ...] = (("attention_bias", False),)
+_UNTIED: tuple[tuple[str, Any], ...] = (("tie_word_embeddings", False),)
+_GEMMA: tuple[tuple[str, Any], ...] = (*_NO_BIAS, ("use_bidirectional_attention", False))
+
 ARCHITECTURES: dict[str, Architecture] = {
-    "LlamaForCausalLM": Architecture("llama", interleaved=True, tensor_scales=True, by_layer="deci"),
-    "MistralForCausalLM": Architecture("llama", interleaved=True, tensor_scales=True, by_layer="deci"),
-    "SmolLM3ForCausalLM": Architecture("smollm3", interleaved=True, fixed=(("no_rope_layer_interval", 4),)),
-    "GraniteForCausalLM": Architecture("granite", interleaved=True, scalars=_GRANITE),
-    "Qwen2ForCausalLM": Architecture("qwen2", full_heads=True),
-    "Qwen3ForCausalLM": Architecture("qwen3", tensor_scales=True),
-    "Olmo2ForCausalLM": Architecture("olmo2"),
-    "Phi3ForCausalLM": Architecture("phi3", fixed=(("partial_rotary_factor", 1.0),)),
-    "Starcoder2ForCausalLM": Architecture("starcoder2", activations=TANH_GELU, layer_norm=True),
-    "GemmaForCausalLM": Architecture("gemma", norm_offset=1.0, activations=(*TANH_GELU, "gelu")),
-    "Gemma2ForCausalLM": Architecture(
-        "gemma2", norm_offset=1.0, activations=TANH_GELU, sliding_pattern=2, scalars=_SOFTCAPS
+    "LlamaForCausalLM": Architecture("llama", interleaved=True, tensor_scales=True, rope_factors=True, by_layer="deci"),
+    "MistralForCausalLM": Architecture(
+        "llama", interleaved=True, tensor_scales=True, rope_factors=True, by_layer="deci"
     ),
-    "Gemma3ForCausalLM": Architecture("gemma3", norm_offset=1.0, activations=TANH_GELU, sliding_pattern=6),
-    "MixtralForCausalLM": Architecture("llama", interleaved=True, tensor_scales=True, counts=_LOCAL_EXPERTS),
+    "SmolLM3ForCausalLM": Architecture(
+        "smollm3", interleaved=True, plain_layers=4, fixed=(*_NO_BIAS, ("mlp_bias", False))
+    ),
+    "GraniteForCausalLM": Architecture("granite", interleaved=True, rope_factors=True, scalars=_GRANITE),
+    "Qwen2ForCausalLM": Architecture("qwen2", full_heads=True),
+    "Qwen3ForCausalLM": Architecture("qwen3", tensor_scales=True, fixed=_NO_BIAS),
+    "Olmo2ForCausalLM": Architecture("olmo2", full_heads=True, fixed=(*_NO_BIAS, *_UNTIED)),
+    "Phi3ForCausalLM": Architecture("phi3", full_heads=True, fixed=(("partial_rotary_factor", 1.0),)),
+    "Starcoder2ForCausalLM": Architecture(
+        "starcoder2", activations=TANH_GELU, layer_norm=True, full_heads=True, fixed=(("use_bias", True),)
+    ),
+    "GemmaForCausalLM": Architecture("gemma", norm_offset=1.0, activations=(*TANH_GELU, "gelu"), fixed=_GEMMA),
+    "Gemma2ForCausalLM": Architecture(
+        "gemma2",
+        norm_offset=1.0,
+        activations=TANH_GELU,
+        sliding_pattern=2,
+        scalars=_SOFTCAPS,
+        needed=("attn_logit_softcapping", "final_logit_softcapping"),
+        fixed=_GEMMA,
+        wide_scalar=46,
+    ),
+    "Gemma3ForCausalLM": Architecture(
+        "gemma3",
+        norm_offset=1.0,
+        activations=TANH_GELU,
+        sliding_pattern=6,
+        scalars=_SOFTCAPS[1:],
+        fixed=_GEMMA,
+        wide_scalar=62,
+    ),
+    "MixtralForCausalLM": Architecture(
+        "llama", interleaved=True, tensor_scales=True, rope_factors=True, counts=_LOCAL_EXPERTS
+    ),
     "Qwen2MoeForCausalLM": Architecture(
         "qwen2moe",
         counts=(*_NARROW_EXPERTS, *_SHARED_EXPERT),
-        fixed=(("norm_topk_prob", False), *_MIXED),
+        full_heads=True,
+        fixed=(("norm_topk_prob", False), *_MIXED, *_UNTIED),
     ),
     "Qwen3MoeForCausalLM": Architecture(
-        "qwen3moe", tensor_scales=True, counts=_NARROW_EXPERTS, fixed=(("norm_topk_prob", True), *_MIXED)
+        "qwen3moe", tensor_scales=True, counts=_NARROW_EXPERTS, fixed=(("norm_topk_prob", True), *_MIXED, *_NO_BIAS)
     ),
-    "OlmoeForCausalLM": Architecture("olmoe", counts=_EXPERTS, fixed=(("norm_topk_prob", False), ("clip_qkv", None))),
+    "OlmoeForCausalLM": Architecture(
+        "olmoe",
+        counts=_EXPERTS,
+        full_heads=True,
+        fixed=(("norm_topk_prob", False), ("clip_qkv", None), *_NO_BIAS, *_UNTIED),
+    ),
     "GraniteMoeForCausalLM": Architecture(
         "granitemoe",
         interleaved=True,
+        rope_factors=True,
         scalars=_GRANITE,
         counts=_LOCAL_EXPERTS,
         renamed=((".router.", ".router.layer."),),
@@ -110,8 +154,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "GptOssForCausalLM": Architecture(
         "gpt-oss",
         sliding_pattern=2,
+        rounded_bounds=True,
         counts=(*_LOCAL_EXPERTS, ("intermediate_size", "add_expert_feed_forward_length")),
-        fixed=(("swiglu_limit", 7.0),),
+        fixed=(("swiglu_limit", 7.0), ("swiglu_alpha", 1.702), ("attention_bias", True), *_UNTIED),
     ),
 }
 
@@ -130,34 +175,9 @@ def architecture_of(model: Any) -> Architecture:
             " convert_hf_to_gguf.py --outtype f16, and pack the result with hf-stablespam repack F16.gguf OUT.gguf"
             " --like RUN"
         )
-    architecture, config = ARCHITECTURES[name], model.config
-    field = "hidden_act" if hasattr(config, "hidden_act") else "hidden_activation"
-    found = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    if found not in architecture.activations:
-        known = " or ".join(map(repr, architecture.activations))
-        raise ValueError(f"{field} must be {known} in llama.cpp's {architecture.name!r}, got {found!r}; {_NO_REMEDY}")
-    for field, value in architecture.fixed:
-        if getattr(config, field, value) not in (value, None):
-            raise ValueError(
-                f"{field} must be {value!r} in llama.cpp's {architecture.name!r}, got {getattr(config, field)!r};"
-                f" {_NO_REMEDY}"
-            )
-    scalar, width = getattr(config, "query_pre_attn_scalar", None), head_width(config)
-    if scalar is not None and scalar not in (width, config.hidden_size // config.num_attention_heads):
-        raise ValueError(f"query_pre_attn_scalar must be the width of a head ({width}), got {scalar!r}; {_NO_REMEDY}")
-    if architecture.sliding_pattern and (types := getattr(config, "layer_types", None)):
-        _check_layer_types(types, architecture)
-    rope_parameters(config)
-    widths = layer_widths(model)
-    if widths.unequal:
-        return _with_unequal_widths(architecture)
-    needed = config.hidden_size // width
-    if architecture.full_heads and widths.heads != needed:
-        raise ValueError(
-            f"llama.cpp's {architecture.name!r} needs {needed} heads, got {widths.heads}; prune with"
-            " prune_attention=False"
-        )
-    return architecture
+    architecture, widths = ARCHITECTURES[name], layer_widths(model)
+    check_configuration(model.config, architecture, widths)
+    return _with_unequal_widths(architecture) if widths.unequal else architecture
 
 
 def _own_class(model: Any) -> type:
@@ -176,68 +196,3 @@ def _with_unequal_widths(architecture: Architecture) -> Architecture:
             " and Mistral have one); prune with equal_widths=True"
         )
     return replace(architecture, name=architecture.by_layer, tensor_scales=False)
-
-
-def _check_layer_types(types: list[str], architecture: Architecture) -> None:
-    every = architecture.sliding_pattern
-    expected = ["sliding_attention" if (index + 1) % every else "full_attention" for index in range(len(types))]
-    if list(types) != expected:
-        raise ValueError(
-            f"layer_types must have 'full_attention' in every {every}th layer in llama.cpp's {architecture.name!r}, got"
-            f" {types!r}; {_NO_REMEDY}"
-        )
-
-
-_NO_REMEDY = "export it for another engine: export_4bit"
-
-
-def rope_parameters(config: Any) -> dict[str, Any]:
-    """Base, kind and scaling of the rotary embedding: transformers 5 has them in one field, 4 in two.
-
-    Raises:
-        ValueError: a kind of scaling that is not written directly.
-    """
-    found = getattr(config, "rope_parameters", None)
-    if not found:
-        scaling = dict(getattr(config, "rope_scaling", None) or {})
-        found = {"rope_theta": getattr(config, "rope_theta", 10000.0), **scaling}
-        found["rope_type"] = scaling.get("rope_type", scaling.get("type", "default"))
-        if getattr(config, "rope_local_base_freq", None):
-            found = {"full_attention": found, "sliding_attention": {"rope_theta": config.rope_local_base_freq}}
-    whole = found.get("full_attention", found)
-    local = found.get("sliding_attention", {})
-    parameters = {**whole, "local_theta": local.get("rope_theta")}
-    for kind in (whole.get("rope_type", "default"), local.get("rope_type", "default")):
-        if kind not in ("default", "linear", "llama3", "yarn"):
-            raise ValueError(
-                f"rope_type must be 'default', 'linear', 'llama3' or 'yarn' to be written as GGUF, got {kind!r};"
-                " convert with llama.cpp's convert_hf_to_gguf.py and pack its F16 file: hf-stablespam repack"
-            )
-    return parameters
-
-
-def rope_factors(config: Any) -> Tensor | None:
-    """What Llama 3 divides each frequency of the rotary embedding by, (head / 2); None without that scaling."""
-    rope = rope_parameters(config)
-    if rope.get("rope_type", "default") != "llama3":
-        return None
-    width, trained = head_width(config), rope["original_max_position_embeddings"]
-    frequency = rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-    turns = trained * frequency / (2 * torch.pi)  # of a dimension within the context of the pretraining
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    share = ((turns - low) / (high - low)).clamp(0.0, 1.0)  # of the unscaled frequency
-    return (1.0 / (share + (1.0 - share) / rope["factor"])).float()
-
-
-def interleave(rows: Tensor, heads: int) -> Tensor:
-    """Rows of a query or key projection (or numbers of its bias) in the order of the interleaved rotary embedding.
-
-    Args:
-        rows: (heads · width, …).
-        heads: of this projection.
-
-    Example:
-        >>> interleave(torch.arange(8), heads=2).tolist()
-        [0, 2, 1, 3, 4, 6, 5, 7]
-    """
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)

@@ -9,14 +9,14 @@ from typing import Any
 from torch import nn
 
 from hf_stablespam.quant.config import FourBitConfig
-from hf_stablespam.quant.export.checks import four_bit_layers
+from hf_stablespam.quant.export.checks import configurations, four_bit_layers, four_bit_weights
 from hf_stablespam.quant.export.experts import four_bit_experts, row_widths
 from hf_stablespam.quant.export.gguf.architectures import architecture_of
 from hf_stablespam.quant.export.gguf.blocks import BLOCK_SIZE, TYPES
 from hf_stablespam.quant.export.gguf.tensors import tensor_plans
 from hf_stablespam.quant.export.gguf.tokenizer import read_vocabulary
 from hf_stablespam.quant.formats.number_formats import ScaleKind, get_format
-from hf_stablespam.quant.layers.linear import FourBitLinear, check_partners
+from hf_stablespam.quant.layers.checks import check_partners
 
 EMBEDDING_TYPES = ("q8_0", "f16", "f32")
 
@@ -35,8 +35,8 @@ def check_gguf_package() -> None:
         )
 
 
-def check_gguf(model: nn.Module, processing_class: Any = None) -> FourBitConfig:
-    """Raise about what of `model` cannot be written as GGUF; return its layers' configuration.
+def check_gguf(model: nn.Module, processing_class: Any = None) -> None:
+    """Raise about what of `model` cannot be written as GGUF, whose layers may be in several formats.
 
     Everything is known before training, so that nobody trains for days and then cannot export.
 
@@ -51,22 +51,22 @@ def check_gguf(model: nn.Module, processing_class: Any = None) -> FourBitConfig:
     layers, experts = four_bit_layers(model), four_bit_experts(model)
     if not layers and not experts:
         raise ValueError("the model is not converted to 4 bits; call convert_to_4bit(model, config) first")
-    config: FourBitConfig = next(module.four_bit for part in (layers, experts) for module in part.values())
     check_partners(model)
-    check_format(config)
-    architecture = architecture_of(model)
-    if config.weight == "nvfp4" and not architecture.tensor_scales:
+    check_formats(model)
+    architecture, configs = architecture_of(model), configurations(model)
+    if any(config.weight == "nvfp4" for config in configs) and not architecture.tensor_scales:
         raise ValueError(
             f"weight='nvfp4' cannot be written for llama.cpp's {architecture.name!r}, which leaves out the scale of the"
             " whole tensor; train with weight='mxfp4' or 'int4', or export with export_4bit"
         )
     tensor_plans(model, architecture)  # names each tensor, and computes nothing
-    _check_ties(model, layers)
+    _check_ties(model)
     widths = {name: [layer.in_features] for name, layer in layers.items()}
-    _check_rows({**widths, **{name: row_widths(block) for name, block in experts.items()}}, config)
+    widths.update({name: row_widths(block) for name, block in experts.items()})
+    for config, names in configs.items():
+        _check_rows({name: widths[name] for name in names}, config)
     if processing_class is not None:
         read_vocabulary(processing_class, input_embedding(model).shape[0])
-    return config
 
 
 def input_embedding(model: Any) -> Any:
@@ -74,8 +74,14 @@ def input_embedding(model: Any) -> Any:
     return model.get_input_embeddings().weight
 
 
-def check_format(config: FourBitConfig) -> None:
-    """Raise unless ggml has a type for the weights of `config`."""
+def check_formats(model: nn.Module) -> None:
+    """Raise unless ggml has a type for the weights of every 4-bit layer."""
+    configs = configurations(model)
+    for config, (name, *_) in configs.items():
+        _check_format(config, f"{name}: " if len(configs) > 1 else "")
+
+
+def _check_format(config: FourBitConfig, where: str) -> None:
     known = ", ".join(map(repr, TYPES))
     if config.weight not in TYPES:
         reason = (
@@ -83,27 +89,29 @@ def check_format(config: FourBitConfig) -> None:
             if config.weight == "int4_asym"
             else ""
         )
-        raise ValueError(f"weight={config.weight!r} has no exact form in GGUF{reason}; train with one of {known}")
+        raise ValueError(
+            f"{where}weight={config.weight!r} has no exact form in GGUF{reason}; train with one of {known}"
+        )
     if config.weight_outliers:
         raise ValueError(
-            f"weight_outliers={config.weight_outliers}: outliers kept in high precision have no form in GGUF; train"
-            " with weight_outliers=0 (outliers of activations are no obstacle)"
+            f"{where}weight_outliers={config.weight_outliers}: outliers kept in high precision have no form in GGUF;"
+            " train with weight_outliers=0 (outliers of activations are no obstacle)"
         )
     if config.hadamard == "all":
         raise ValueError(
-            "hadamard='all': llama.cpp does not transform what it multiplies by the weights; train with"
+            f"{where}hadamard='all': llama.cpp does not transform what it multiplies by the weights; train with"
             " hadamard='weight_grad' or None"
         )
     format = get_format(config.weight)
     if format.scale is ScaleKind.REAL and config.scale_dtype == "float32":
         raise ValueError(
-            "scale_dtype='float32': ggml stores scales in float16, which would change the trained weights; train with"
-            " scale_dtype='bfloat16' or 'float16'"
+            f"{where}scale_dtype='float32': ggml stores scales in float16, which would change the trained weights;"
+            " train with scale_dtype='bfloat16' or 'float16'"
         )
 
 
 def _check_rows(widths: Mapping[str, list[int]], config: FourBitConfig) -> None:
-    assert config.weight is not None  # check_format
+    assert config.weight is not None  # check_formats
     size = BLOCK_SIZE[TYPES[config.weight]]
     group = config.group_of("weight")
     for name, width in ((name, width) for name, several in widths.items() for width in several):
@@ -118,12 +126,12 @@ def _check_rows(widths: Mapping[str, list[int]], config: FourBitConfig) -> None:
             )
 
 
-def _check_ties(model: nn.Module, layers: Mapping[str, FourBitLinear]) -> None:
-    packed = {id(layer.weight): name for name, layer in layers.items()}
+def _check_ties(model: nn.Module) -> None:
+    packed = four_bit_weights(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner = packed.get(id(parameter))
-        if owner is not None and name != f"{owner}.weight":
+        if owner is not None and name.rpartition(".")[0] != owner:
             raise ValueError(
-                f"{owner}.weight and {name} are one tensor, which the file holds once, in high precision; name"
+                f"{owner}.{name.rpartition('.')[2]} and {name} are one tensor, which the file holds once; name"
                 f" {owner!r} in modules_to_not_convert before training"
             )

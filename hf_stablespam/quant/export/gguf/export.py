@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,8 @@ from torch import nn
 from hf_stablespam._announce import announce
 from hf_stablespam._atomic import atomic_file, check_writable
 from hf_stablespam._shared_errors import groups_of, shared_errors
-from hf_stablespam.quant.config import FourBitConfig
-from hf_stablespam.quant.export.checks import check_finite
+from hf_stablespam.quant.export.checks import check_finite, configurations
 from hf_stablespam.quant.export.gguf.architectures import Architecture, architecture_of
-from hf_stablespam.quant.export.gguf.blocks import TYPES
 from hf_stablespam.quant.export.gguf.checks import EMBEDDING_TYPES, check_gguf, input_embedding
 from hf_stablespam.quant.export.gguf.metadata import add_metadata
 from hf_stablespam.quant.export.gguf.tensors import tensor_plans
@@ -27,7 +26,8 @@ from hf_stablespam.quant.export.gguf.writer import check_absent, gathering_toget
 logger = logging.getLogger(__name__)
 
 FILE_TYPES = {"Q4_0": "MOSTLY_Q4_0", "MXFP4": "MOSTLY_MXFP4_MOE", "NVFP4": "MOSTLY_NVFP4"}
-# Key of the file's metadata under which the 4-bit configuration stands, as in a checkpoint's config.json.
+# Key of the file's metadata under which the 4-bit configuration stands, as in a checkpoint's config.json; where
+# there are several it ends in an s, and each stands with the names of its layers.
 CONFIG_KEY = "four_bit_training.config"
 
 
@@ -76,7 +76,7 @@ def export_gguf(
     with shared_errors(groups):
         if is_main_process:
             check_absent(file, overwrite)
-        config = check_gguf(model, processing_class)
+        check_gguf(model, processing_class)
         if is_main_process:
             check_writable(file)
     check_finite(dict(model.named_parameters()))
@@ -97,25 +97,30 @@ def export_gguf(
         vocabulary = None
         if processing_class is not None:
             vocabulary = read_vocabulary(processing_class, input_embedding(model).shape[0])
-        metadata = partial(_add_all_metadata, model, architecture, config, vocabulary)
+        packed = Counter(plan.type for plan in plans if plan.type in FILE_TYPES)
+        metadata = partial(_add_all_metadata, model, architecture, packed.most_common(1)[0][0], vocabulary)
         with atomic_file(file) as path:
             write_tensors(path, architecture.name, metadata, plans)
             verify_tensors(path, plans)
-    packed = sum(plan.type in FILE_TYPES for plan in plans)
-    announce(logger, "exported %d packed and %d other tensors to %s", packed, len(plans) - packed, file)
+    count = packed.total()
+    announce(logger, "exported %d packed and %d other tensors to %s", count, len(plans) - count, file)
 
 
 def _add_all_metadata(
-    model: nn.Module, architecture: Architecture, config: FourBitConfig, vocabulary: Vocabulary | None, writer: Any
+    model: nn.Module, architecture: Architecture, packed_type: str, vocabulary: Vocabulary | None, writer: Any
 ) -> None:
     import gguf
 
-    assert config.weight is not None
     writer.add_type("model")
     if name := getattr(model.config, "_name_or_path", ""):  # type: ignore[union-attr]
         writer.add_name(Path(name).name)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[TYPES[config.weight]]])
-    writer.add_string(CONFIG_KEY, json.dumps(config.to_dict()))
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[packed_type]])
+    configs = configurations(model)
+    if len(configs) == 1:
+        writer.add_string(CONFIG_KEY, json.dumps(next(iter(configs)).to_dict()))
+    else:
+        several = [{"layers": names, "config": config.to_dict()} for config, names in configs.items()]
+        writer.add_string(f"{CONFIG_KEY}s", json.dumps(several))
     add_metadata(writer, model, architecture)
     add_vocabulary(writer, vocabulary)

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from hf_stablespam._announce import announce
 from hf_stablespam._atomic import atomic_file
-from hf_stablespam.quant.config import FourBitConfig
-from hf_stablespam.quant.export.checks import four_bit_layers
+from hf_stablespam.quant.export.checks import configurations, four_bit_layers
 from hf_stablespam.quant.export.experts import four_bit_experts
 from hf_stablespam.quant.export.gguf.blocks import TYPES
-from hf_stablespam.quant.export.gguf.checks import EMBEDDING_TYPES, check_format, check_gguf_package
+from hf_stablespam.quant.export.gguf.checks import EMBEDDING_TYPES, check_formats, check_gguf_package
 from hf_stablespam.quant.export.gguf.export import FILE_TYPES
 from hf_stablespam.quant.export.gguf.grid import RECOVER
 from hf_stablespam.quant.export.gguf.writer import (
@@ -86,7 +85,7 @@ def repack_gguf(
     from gguf import GGUFReader
 
     reader = GGUFReader(source)
-    types = [TYPES[check_like(like)]] if like is not None else list(RECOVER)
+    types = check_like(like) if like is not None else list(RECOVER)
     plans, plain = _plans(reader, types, embedding)
     packed = [plan for plan in plans if plan.type in RECOVER]
     if not packed:
@@ -106,20 +105,22 @@ def repack_gguf(
     return plain
 
 
-def check_like(like: nn.Module) -> str:
-    """The format of a converted model; raises if it cannot be recovered from numbers."""
-    layers, experts = four_bit_layers(like), four_bit_experts(like)
-    if not layers and not experts:
+def check_like(like: nn.Module) -> list[str]:
+    """ggml's types for the layers of a converted model; raises if one cannot be recovered from numbers."""
+    configs = configurations(like)
+    if not configs:
         raise ValueError("like must be converted to 4 bits; call convert_to_4bit(model, config) first")
-    config: FourBitConfig = next(module.four_bit for part in (layers, experts) for module in part.values())
-    check_format(config)
-    assert config.weight is not None  # check_format
-    if TYPES[config.weight] not in RECOVER:
-        raise ValueError(
-            f"weight={config.weight!r} cannot be recovered from a file of numbers; export the model with export_4bit"
-            " and let llama.cpp's convert_hf_to_gguf.py read that: it takes the codes over"
-        )
-    return config.weight
+    check_formats(like)
+    types = []
+    for config in configs:
+        assert config.weight is not None  # check_formats
+        types.append(TYPES[config.weight])
+        if types[-1] not in RECOVER:
+            raise ValueError(
+                f"weight={config.weight!r} cannot be recovered from a file of numbers; export the model with"
+                " export_4bit and let llama.cpp's convert_hf_to_gguf.py read that: it takes the codes over"
+            )
+    return list(dict.fromkeys(types))
 
 
 def _plans(reader: Any, types: Sequence[str], embedding: str) -> tuple[list[TensorPlan], list[str]]:

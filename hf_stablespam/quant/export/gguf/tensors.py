@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hf_stablespam._sharded import full
 from hf_stablespam.quant.export.checks import four_bit_layers
-from hf_stablespam.quant.export.gguf.architectures import Architecture, interleave, rope_factors
+from hf_stablespam.quant.export.gguf.architectures import Architecture
 from hf_stablespam.quant.export.gguf.packed import Rows, expert_matrices, of_experts, of_linear, packed_plans
+from hf_stablespam.quant.export.gguf.rope import interleave, rope_factors
 from hf_stablespam.quant.export.gguf.writer import TensorPlan, to_numpy
 from hf_stablespam.quant.export.widths import head_width
 from hf_stablespam.quant.layers.experts import FourBitExperts, is_experts, weight_names

@@ -231,7 +231,9 @@ def _decoder_layer(name: str, module: Any) -> DecoderLayer:
     for part, own in ((attention, ATTENTION), (mlp, MLP)):
         for path, parameter in part.named_parameters():
             known = path.split(".")[0] in own
-            if not known and not (part is attention and tuple(parameter.shape) == (head_dim,)):
+            # A norm that all heads share (q_norm.weight). Deeper ones are of one head each, bare vectors of none.
+            shared = part is attention and tuple(parameter.shape) == (head_dim,) and path.count(".") == 1
+            if not known and not shared:
                 raise TypeError(
                     f"{type(part).__name__} has a parameter {path} of shape {tuple(parameter.shape)}, of which it is"
                     " not known which part belongs to which unit; not supported"

@@ -79,7 +79,7 @@ class OptimizerSurgeon:
 def cut_state(
     state: dict[str, Any], old: Tensor, select: Callable[[Tensor], Tensor], share: float
 ) -> dict[str, Any] | None:
-    """The state of a parameter after it has been cut; `None` where a part of it cannot be (quantized, projected).
+    """The state of a parameter after a cut; `None` where a part of it cannot be (quantized, projected, in a list).
 
     Args:
         state: of the parameter `old`.
@@ -89,6 +89,8 @@ def cut_state(
     result: dict[str, Any] = {}
     for name, value in state.items():
         if not isinstance(value, Tensor):
+            if holds_tensors(value):
+                return None
             result[name] = value
         elif type(value) in (Tensor, nn.Parameter) and value.shape == old.shape:
             result[name] = select(value).clone()
@@ -97,3 +99,14 @@ def cut_state(
         else:
             return None
     return result
+
+
+def holds_tensors(value: Any) -> bool:
+    """Whether tensors of more than one entry are in a list, tuple or dictionary, or are attributes of an object."""
+    if isinstance(value, Tensor):
+        return value.numel() > 1
+    if isinstance(value, dict):
+        return any(map(holds_tensors, value.values()))
+    if isinstance(value, list | tuple | set):
+        return any(map(holds_tensors, value))
+    return any(isinstance(own, Tensor) and own.numel() > 1 for own in getattr(value, "__dict__", {}).values())

@@ -24,7 +24,7 @@ def prune_units(
     Kept units stay in their order with their weights; what had to become smaller is a new ``nn.Parameter`` in the place
     of the old one, in the model and in the optimizer's ``param_groups``. Layers that share parameters share the new
     ones. A model with all layers alike gets their width into its config, one with unequal layers a note of all widths
-    (see `save_pruned`).
+    (see `save_pruned`), and so one whose class takes the width of a head from the number of heads (StableLM, Helium).
 
     Args:
         model: a causal language model of Llama's shape.

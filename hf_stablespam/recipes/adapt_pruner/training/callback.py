@@ -82,8 +82,8 @@ class AdaptPruneCallback(KeepsState, SavesWidths):
 
     Raises:
         ValueError: an option out of range; when the Trainer is made, more than one process, FSDP, DeepSpeed,
-            ``torch_compile``, ``fp16`` or ``load_best_model_at_end``; when training begins, a step past its end or
-            before the checkpoint that has no such cut, or a target that cannot be reached.
+            ``torch_compile``, ``fp16``, ``load_best_model_at_end`` or ``auto_find_batch_size``; when training begins, a
+            step past its end or before the checkpoint that has no such cut, or a target that cannot be reached.
         TypeError: when training begins, a model without decoder layers of Llama's shape.
 
     Example:
@@ -238,6 +238,7 @@ def refuse_arguments(args: TrainingArguments) -> None:
         ("torch_compile", "the model would be compiled for widths that it loses"),
         ("fp16", "gradients in float16 underflow in the calibration; use bf16=True"),
         ("load_best_model_at_end", "a checkpoint from before a cut does not fit the model after it"),
+        ("auto_find_batch_size", "another try begins with the model as it was cut, and would cut again; choose a size"),
     ):
         if getattr(args, name, False):
             raise ValueError(f"{name}=True does not go with AdaptPruneCallback: {why}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.optim import Optimizer
+import torch
+from torch.nn import Parameter
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments, get_scheduler
 
@@ -38,6 +40,11 @@ def schedule_of_run(args: TrainingArguments, optimizer: Optimizer, total: int, d
     )
     continue_schedule(scheduler, done)
     return scheduler
+
+
+def check_schedule(args: TrainingArguments, total: int) -> None:
+    """Raise before anything is cut if the schedule cannot be continued; arguments and errors of `schedule_of_run`."""
+    schedule_of_run(args, SGD([Parameter(torch.zeros(()))], lr=args.learning_rate), total, 0)
 
 
 def continue_schedule(scheduler: LambdaLR, done: int) -> None:

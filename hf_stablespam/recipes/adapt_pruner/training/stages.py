@@ -18,7 +18,7 @@ from hf_stablespam.recipes.adapt_pruner.options import Options, absolute_target,
 from hf_stablespam.recipes.adapt_pruner.plan import PruningReport
 from hf_stablespam.recipes.adapt_pruner.prune import adapt_prune
 from hf_stablespam.recipes.adapt_pruner.training.callback import SavesWidths
-from hf_stablespam.recipes.adapt_pruner.training.schedule import schedule_of_run
+from hf_stablespam.recipes.adapt_pruner.training.schedule import check_schedule, schedule_of_run
 from hf_stablespam.recipes.adapt_pruner.training.shares import split_data, stage_targets
 from hf_stablespam.recipes.adapt_pruner.training.train_batches import TrainBatches
 
@@ -88,6 +88,8 @@ def prune_and_train(
         trainer: Any = make_trainer(model, stage)
         refuse_sharding(trainer)
         stage_steps = _divide(trainer, stage, stages, data_split, wanted.seed)
+        if trainer.lr_scheduler is None:
+            check_schedule(trainer.args, sum(stage_steps))
         batches = TrainBatches.of_trainer(trainer) if calibration is None else calibration
         report = adapt_prune(
             trainer.model,

@@ -65,6 +65,8 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "GptOssForCausalLM": {**EXPERTS, "sliding_window": 16},
 }
 
+SCALING = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
 
 def tiny(name: str = "LlamaForCausalLM", **options: Any) -> Any:
     """A random model of the class `name`, in float32."""

@@ -15,7 +15,8 @@ from gguf import GGUFReader, TokenType, quants
 
 from hf_stablespam.quant import FourBitConfig, FourBitLinear, convert_to_4bit, export_gguf
 from hf_stablespam.quant.export.gguf import packed as packed_module
-from hf_stablespam.quant.export.gguf.architectures import ARCHITECTURES, interleave, rope_factors
+from hf_stablespam.quant.export.gguf.architectures import ARCHITECTURES
+from hf_stablespam.quant.export.gguf.rope import interleave, rope_factors
 from hf_stablespam.quant.layers.experts import FourBitExperts, weight_names
 from tests.quant.export.gguf.models import (
     MIXTURES,

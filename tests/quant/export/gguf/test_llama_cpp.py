@@ -20,6 +20,7 @@ from hf_stablespam.quant.export.gguf.architectures import ARCHITECTURES
 from hf_stablespam.quant.export.gguf.tokenizer import PRE_TOKENIZERS
 from tests.quant.export.gguf.models import (
     MIXTURES,
+    SCALING,
     TEXT,
     VOCABULARY,
     byte_level_tokenizer,
@@ -106,18 +107,48 @@ def test_experts_that_stay_in_high_precision(tmp_path: Path) -> None:
     assert divergence(model, tmp_path / "model.gguf") < 0.02
 
 
-@pytest.mark.parametrize("rope", ["linear", "llama3", "yarn"])
-def test_scaled_rotary_embeddings(rope: str, tmp_path: Path) -> None:
-    scaling = {
-        "rope_type": rope,
-        "rope_theta": 10000.0,
-        "factor": 4.0,
-        "original_max_position_embeddings": 64,
-        **({"low_freq_factor": 1.0, "high_freq_factor": 4.0} if rope == "llama3" else {}),
-    }
+ROPES = {
+    "linear": {},
+    "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": {},
+    "yarn-attention": {"attention_factor": 0.5},
+    "yarn-mscale": {"mscale": 2.0, "mscale_all_dim": 0.5},
+    "yarn-mscale-alone": {"mscale": 2.0},
+    "yarn-no-factor": {"factor": None},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "rope"),
+    [
+        *(("LlamaForCausalLM", rope) for rope in ROPES),
+        *((name, "yarn-attention") for name in ("Qwen3ForCausalLM", *MIXTURES)),
+    ],
+)
+def test_scaled_rotary_embeddings(name: str, rope: str, tmp_path: Path) -> None:
+    scaling = {"rope_type": rope.partition("-")[0], **SCALING, **ROPES[rope]}
     model = convert_to_4bit(
-        tiny(rope_parameters=scaling, rope_scaling=scaling), FourBitConfig("int4", None, group_size=32)
+        tiny(name, rope_parameters=scaling, rope_scaling=scaling), FourBitConfig("int4", None, group_size=32)
     )
+    export_gguf(model, tmp_path / "model.gguf", TOKENIZER, embedding="f32")
+    assert divergence(model, tmp_path / "model.gguf") < 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Gemma2ForCausalLM", {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 3.0}),
+        ("Gemma3ForCausalLM", {"final_logit_softcapping": 3.0}),
+        ("Gemma2ForCausalLM", {"head_dim": 64, "query_pre_attn_scalar": 32, "num_hidden_layers": 46}),
+        ("Gemma3ForCausalLM", {"head_dim": 64, "query_pre_attn_scalar": 32, "num_hidden_layers": 62}),
+        ("Qwen2MoeForCausalLM", {"qkv_bias": False}),
+        ("GraniteForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+        ("Qwen3ForCausalLM", {"head_dim": 64}),
+    ],
+)
+def test_options_of_an_architecture(name: str, options: dict, tmp_path: Path) -> None:
+    options = {**({"initializer_range": 0.1} if options.get("num_hidden_layers", 0) > 40 else {}), **options}
+    model = convert_to_4bit(tiny(name, **options), FourBitConfig("int4", None, group_size=32))
     export_gguf(model, tmp_path / "model.gguf", TOKENIZER, embedding="f32")
     assert divergence(model, tmp_path / "model.gguf") < 0.02
 

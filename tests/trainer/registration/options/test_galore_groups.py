@@ -1,9 +1,11 @@
 """`optim="stable_spam"` with `rank`, low-bit states, and updates during the backward pass, in the Trainer."""
 
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from hf_stablespam import FourBitCallback, FourBitConfig, StableSPAM
 from hf_stablespam.optim import LayerwiseStableSPAM
@@ -92,6 +94,31 @@ def test_layerwise_is_the_same_training(tmp_path):
     assert type(optimizer_of(layerwise)) is LayerwiseStableSPAM
     assert type(optimizer_of(usual)) is StableSPAM
     assert_equal_weights(usual, layerwise)
+
+
+class Stop(TrainerCallback):
+    """An error in the midst of training."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        raise RuntimeError("stop")
+
+
+@pytest.mark.parametrize("breaks_off", [False, True], ids=["ended", "broken off"])
+def test_another_trainer_trains_the_model_after_layerwise_updates(tmp_path, breaks_off):
+    first = tiny_trainer(tmp_path, optim_args="layerwise=true", max_steps=2, callbacks=[Stop()] * breaks_off)
+    with pytest.raises(RuntimeError, match="stop") if breaks_off else nullcontext():
+        first.train()
+    before = [param.detach().clone() for param in first.model.parameters()]
+    second = trained(tmp_path, model=first.model, optim="adamw_torch", max_steps=2)
+    assert len(optimizer_of(second).state) == len(before)
+    assert not any(torch.equal(old, param) for old, param in zip(before, second.model.parameters(), strict=True))
+    assert int(optimizer_of(first).state[next(first.model.parameters())]["step"]) == (1 if breaks_off else 2)
+
+
+def test_training_again_with_layerwise_updates_goes_on(tmp_path):
+    trainer = trained(tmp_path, optim_args="layerwise=true", max_steps=2)
+    trainer.train()
+    assert {int(state["step"]) for state in optimizer_of(trainer).state.values()} == {4}
 
 
 def test_layerwise_resumes_exactly(tmp_path):
