@@ -109,7 +109,7 @@ def _script_and_arguments(command: list[str], parser: argparse.ArgumentParser) -
     """The script and what is its own, a `--` among it; one before the script ends the launcher's options."""
     command = command[1:] if command[:1] == ["--"] else command
     if not command:
-        parser.error("SCRIPT must be given, after the launcher's own options; --help shows examples")
+        parser.error("SCRIPT is required, after the launcher's own options; --help shows examples")
     return command[0], command[1:]
 
 
@@ -163,7 +163,7 @@ def _interval(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m hf_stablespam",
-        usage="%(prog)s [OPTIONS] SCRIPT [ARGS ...]",
+        usage="%(prog)s [-h] [--four-bit FORMAT] [--gradient-norms] [--reset-every N] [-m] SCRIPT [ARGS ...]",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

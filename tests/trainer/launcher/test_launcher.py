@@ -181,7 +181,7 @@ def test_a_separator_of_the_script_stays_and_one_before_it_goes(tmp_path):
     for given in (["--"], ["-m"], ["run", "--"]):
         done = launch(*given)
         assert done.returncode == 2
-        assert "SCRIPT must be given, after the launcher's own options" in done.stderr
+        assert "SCRIPT is required, after the launcher's own options" in done.stderr
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python's -P is of 3.11")
