@@ -116,9 +116,10 @@ def read_spikes(path: str | Path) -> list[dict[str, Any]]:
     for line in text.splitlines():
         try:
             spike = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(spike, dict) and isinstance(spike.get("step"), int):
+        step = spike.get("step") if isinstance(spike, dict) else None
+        if isinstance(step, int) and abs(step) < 2**63:
             spikes.append(spike)
     return spikes
 

@@ -10,6 +10,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+_RANDOM_STATE = re.compile(r"rng_state_(\d+)\.pth")
 _STATE = "trainer_state.json"
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # One of each: single files, FSDP's folders, DeepSpeed's.
@@ -97,6 +98,8 @@ def _problem_of_state(path: Path, step: int) -> str | None:
         return f"{_STATE}, which is written last, is missing"
     except ValueError:
         return f"{_STATE} is cut short"
+    if not isinstance(state, dict):
+        return f"{_STATE} holds no state"
     if state.get("global_step") != step:
         return f"{_STATE} says step {state.get('global_step')}"
     return None
@@ -116,9 +119,36 @@ def _problem_of_presence(checkpoint: Path, resumable: bool) -> str | None:
     for name in _FSDP_FOLDERS:
         if (checkpoint / name).is_dir() and not (checkpoint / name / ".metadata").is_file():
             return f"{name}/.metadata, which is written last, is missing"
-    if (checkpoint / "rng_state_0.pth").exists() and not (checkpoint / "rng_state_1.pth").exists():
-        return "rng_state_1.pth is missing"  # a single process writes rng_state.pth
-    return None
+    return _problem_of_random_states(checkpoint) if resumable else None
+
+
+def _problem_of_random_states(checkpoint: Path) -> str | None:
+    """Each process writes its own; the main one does not wait for the others before it writes the Trainer's state."""
+    found = _processes(checkpoint)
+    if not found:
+        return None  # a single process writes rng_state.pth
+    # Where nodes have disks of their own, theirs are the numbers of one node.
+    count = max(2, _known_processes())
+    if count > len(found) and min(found) == 0 and len(found) > 1:
+        # As many as in another checkpoint: fewer processes have written this run than are to go on with it.
+        others = (path for path in _folders(checkpoint.parent) if _NAME.fullmatch(path.name) and path != checkpoint)
+        if any(_processes(path) == found for path in others):
+            count = len(found)
+    wanted = range(min(found), max(max(found) + 1, min(found) + count))
+    missing = next((number for number in wanted if number not in found), None)
+    return None if missing is None else f"rng_state_{missing}.pth is missing"
+
+
+def _processes(checkpoint: Path) -> set[int]:
+    """Numbers of the processes whose random state is in a checkpoint."""
+    matches = (_RANDOM_STATE.fullmatch(path.name) for path in checkpoint.glob("rng_state_*.pth"))
+    return {int(match[1]) for match in matches if match}
+
+
+def _known_processes() -> int:
+    """How many processes of this node go on with the run, as far as the launcher has said; 0 where it has not."""
+    given = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or ""
+    return int(given) if given.isdecimal() else 0
 
 
 def _problem_of_shards(index: Path) -> str | None:
@@ -141,11 +171,14 @@ def _problem_of_file(path: Path) -> str | None:
 
 def _is_whole_safetensors(path: Path) -> bool:
     """Whether the file is as long as its header says."""
+    size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > size:
+            return False
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            return size == 8 + length + max(ends, default=0)
+        except (ValueError, AttributeError, TypeError, LookupError):  # no JSON, or not of a header's form
             return False
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return path.stat().st_size == 8 + length + max(ends, default=0)

@@ -133,10 +133,11 @@ class Shell:
             assert hf_stablespam_main() == 0
             return
         options = launcher._parser().parse_args(rest[rest[0] == "run" :])
-        own = rest[: rest.index(options.script)]
+        script, arguments = launcher._script_and_arguments(options.command, launcher._parser())
+        own = rest[: rest.index(script)]
         with self._as_found():
             launcher._four_bit_options(options.four_bit or "int4", launcher._parser())
-            self._script(options.script, *options.arguments, parse_only=parse_only, launched=own)
+            self._script(script, *arguments, parse_only=parse_only, launched=own)
 
     def _echo(self, rest: list[str]) -> None:
         text, arrow, file = rest

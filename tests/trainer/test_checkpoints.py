@@ -144,3 +144,54 @@ def test_none_where_no_checkpoint_is_complete(copy):
     for checkpoint in copy.glob("checkpoint-*"):
         (checkpoint / "trainer_state.json").unlink()
     assert last_complete_checkpoint(copy) is None
+
+
+def give_random_states(checkpoint, *processes):
+    for process in processes:
+        shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{process}.pth")
+
+
+@pytest.mark.parametrize(
+    ("processes", "environment", "missing"),
+    [
+        ([0, 1, 3], {}, 2),
+        ([0, 1], {"WORLD_SIZE": "4"}, 2),
+        ([0, 1, 2], {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, 3),
+        ([0, 1, 2], {}, None),
+        ([0, 1, 2], {"WORLD_SIZE": "2"}, None),  # goes on with fewer
+        ([4, 5, 6, 7], {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, None),  # of a node with a disk of its own
+    ],
+)
+def test_each_process_has_its_random_state(copy, caplog, monkeypatch, processes, environment, missing):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    give_random_states(copy / "checkpoint-4", *processes)
+    found = "checkpoint-4" if missing is None else "checkpoint-2"
+    assert last_complete_checkpoint(copy) == str(copy / found)
+    assert (f"rng_state_{missing}.pth is missing" in caplog.text) == (missing is not None)
+
+
+def test_a_run_goes_on_with_more_processes_than_have_written_it(copy, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for step in (2, 4):
+        give_random_states(copy / f"checkpoint-{step}", 0, 1)
+    assert last_complete_checkpoint(copy) == str(copy / "checkpoint-4")
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2])
+@pytest.mark.parametrize("header", [b"[]", b"{}", b'{"w": 1}'])
+def test_a_header_of_another_form_is_noticed(copy, caplog, length, header):
+    weights = copy / "checkpoint-4" / "model.safetensors"
+    weights.write_bytes(length.to_bytes(8, "little") + header + bytes(3))
+    assert last_complete_checkpoint(copy) == str(copy / "checkpoint-2")
+    assert "model.safetensors is cut short" in caplog.text
+
+
+@pytest.mark.parametrize("state", ["null", "[4]", "4"])
+def test_a_state_of_another_form_is_noticed(copy, caplog, state):
+    (copy / "checkpoint-4" / "trainer_state.json").write_text(state)
+    assert last_complete_checkpoint(copy) == str(copy / "checkpoint-2")
+    assert "trainer_state.json holds no state" in caplog.text

@@ -80,7 +80,7 @@ from transformers.trainer_callback import CallbackHandler
 
 def classes():
     owners = (transformers.Trainer, CallbackHandler, accelerate.Accelerator, transformers.TrainerCallback,
-              transformers.GenerationMixin, BaseTuner)
+              transformers.GenerationMixin, transformers.TrainerState, BaseTuner)
     return [{name: inspect.getattr_static(owner, name) for name in dir(owner)} for owner in owners]
 
 def names():

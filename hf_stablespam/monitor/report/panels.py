@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_stablespam.monitor.report.runs import Run
+from hf_stablespam.monitor.report.runs import Run, is_number
 
 # Norms by block or tensor: the largest since the last log where they were logged, otherwise the last ones.
 BLOCK_PREFIXES = ("gradients/norm_max/", "gradients/norm/")
@@ -167,7 +167,7 @@ def clipped_curves(runs: Sequence[Run], points: int) -> tuple[str, str, list[Cur
 def spike_name(spike: Mapping[str, Any]) -> str:
     """The tensor that spiked, and how many times the usual its largest entry was."""
     score = spike.get("score")
-    return str(spike.get("tensor", "?")) + (f" ×{score:.3g}" if type(score) in (int, float) else "")
+    return str(spike.get("tensor", "?")) + (f" ×{score:.3g}" if is_number(score) else "")
 
 
 def spike_texts(run: Run) -> dict[float, str]:
@@ -177,7 +177,7 @@ def spike_texts(run: Run) -> dict[float, str]:
         by_step.setdefault(spike["step"], []).append(spike)
     texts = {}
     for step, spikes in sorted(by_step.items()):
-        scored = sorted(spikes, key=lambda spike: -(spike.get("score") or math.inf))
+        scored = sorted(spikes, key=lambda spike: -spike["score"] if is_number(spike.get("score")) else -math.inf)
         names = [spike_name(spike) for spike in scored]
         texts[step] = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return texts

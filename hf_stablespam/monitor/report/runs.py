@@ -18,6 +18,7 @@ from hf_stablespam.monitor.spike_file import read_spikes
 
 STATE = "trainer_state.json"
 ARGUMENTS = "training_args.bin"
+SECRETS = ("token", "key", "apikey", "secret", "password")
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def read_state(state: Path) -> dict[str, Any]:
     remedy = "give one of the run's checkpoints, each has its own copy"
     try:
         content = json.loads(state.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{state} must be valid JSON, it is broken or truncated ({error}); {remedy}") from None
     history = content.get("log_history") if isinstance(content, dict) else None
     if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
@@ -147,15 +148,22 @@ def read_state(state: Path) -> dict[str, Any]:
 
 def numeric_rows(history: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
     """The numbers of each log row that has a step; text, lists and switches are left out."""
-    rows = ({key: value for key, value in row.items() if type(value) in (int, float)} for row in history)
+    rows = ({key: value for key, value in row.items() if is_number(value)} for row in history)
     return [row for row in rows if "step" in row and math.isfinite(row["step"])]
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that can be drawn: no switch, and no integer beyond what a float holds."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**1000)
 
 
 def read_model_config(path: Path) -> dict[str, str]:
     """What names a model's architecture and size in its `config.json`; nothing when there is no such file."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(config, dict):
         return {}
     names = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     return {f"model.{name}": shown(config[name]) for name in names if name in config}
@@ -192,17 +200,31 @@ def read_arguments(path: Path) -> dict[str, str]:
         with zipfile.ZipFile(path) as archive:
             entry = next(name for name in archive.namelist() if name.endswith("data.pkl"))
             arguments = _InertUnpickler(io.BytesIO(archive.read(entry))).load()
-        # Names of secrets end in `token`: a report is there to be passed on.
-        fields = {key: value for key, value in arguments.state.items() if not key.endswith("token")}
+        fields = without_secrets(arguments.state)
         return {key: shown(value) for key, value in fields.items() if not key.startswith("_")}
     except Exception:  # a damaged pickle can raise anything, and the report does without it
         return {}
 
 
-def shown(value: Any) -> str:
-    """A setting as text: an enum by its value, a small float in the short form."""
+def without_secrets(value: Any) -> Any:
+    """A setting without what dictionaries in it hold under names of secrets: a report is there to be passed on."""
     if isinstance(value, _Inert):
-        return shown(value.arguments[0]) if value.arguments else "…"
+        return without_secrets(value.arguments[0]) if value.arguments else "…"
     if isinstance(value, (list, tuple)):
+        return [without_secrets(item) for item in value]
+    if isinstance(value, dict):
+        return {key: without_secrets(item) for key, item in value.items() if not names_a_secret(key)}
+    return value
+
+
+def names_a_secret(name: Any) -> bool:
+    """Whether the last word of a name is that of a secret: `hub_token` and `apiKey`, not `monkey` or `label_names`."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(name)).lower()
+    return words.endswith("token") or re.split(r"[^a-z0-9]+", words.strip("_"))[-1] in SECRETS
+
+
+def shown(value: Any) -> str:
+    """A setting of `without_secrets` as text, a small float in the short form."""
+    if isinstance(value, list):
         return ", ".join(map(shown, value))
     return f"{value:.12g}" if isinstance(value, float) else str(value)

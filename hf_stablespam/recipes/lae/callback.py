@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from hf_stablespam.recipes.lae.average import update_average
 from hf_stablespam.recipes.lae.checks import check_countable, check_model, check_optimizer
 from hf_stablespam.recipes.lae.model import LAEModel
 from hf_stablespam.trainer.callbacks.helpers.kept_state import KeepsState
+from hf_stablespam.trainer.callbacks.helpers.run_folder import learn_run_folders, run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ class LAECallback(KeepsState, TrainerCallback):
             raise ValueError(f"num_freeze_epochs must be 0 or more, got {num_freeze_epochs}")
         if online == offline:
             raise ValueError(f"online and offline must be two adapters, got {online!r} for both")
+        learn_run_folders()
         self.task = task
         self.ema_decay = ema_decay
         self.num_freeze_epochs = num_freeze_epochs
@@ -197,7 +198,7 @@ class LAECallback(KeepsState, TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
     ) -> None:
-        folder = Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        folder = run_folder(args, state) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         with shared_errors(all_processes()):
             if state.is_world_process_zero and folder.is_dir():
                 model.save_pretrained(folder)

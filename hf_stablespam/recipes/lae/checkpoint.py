@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,9 @@ def _check_fits(model: Any, state_dict: dict[str, Any], prefix: str, *others: An
     saved = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
     missing = sorted(own - saved)
     places = ("classifier.", *(f"peft_model.{place}." for place in adapter_places(model.peft_model)))
-    extra = sorted(key for key in saved - own if key.startswith(places))
+    held = (model.peft_model.named_parameters(remove_duplicate=False), model.peft_model.named_buffers())
+    known = own | {f"peft_model.{name}" for name, _ in chain(*held)}  # shared under all their names, and buffers
+    extra = sorted(key for key in saved - known if key.startswith(places))
     if missing or extra:
         raise ValueError(
             "the checkpoint is of another task or other adapters: "

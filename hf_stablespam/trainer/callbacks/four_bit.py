@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hf_stablespam.quant import FourBitConfig, convert_to_4bit, export_4bit, exp
 from hf_stablespam.quant.convert import configuration_of
 from hf_stablespam.quant.export.checks import check_packable
 from hf_stablespam.quant.export.gguf.checks import check_gguf
+from hf_stablespam.trainer.callbacks.helpers.run_folder import learn_run_folders, run_folder
 from hf_stablespam.trainer.callbacks.helpers.uncalled_layers import refuse_uncalled_layers
 from hf_stablespam.trainer.patching import patch
 from hf_stablespam.trainer.reference_model import convert_references
@@ -30,7 +32,8 @@ class FourBitCallback(TrainerCallback):
             (``from_pretrained(…, quantization_config=FourBitConfig(…))``).
         export: write a packed 4-bit checkpoint when training ends: True for the folder ``4bit`` in `output_dir`, or
             the folder to write to; ``"gguf"`` for the file ``model.gguf`` in `output_dir`, or a file that ends in
-            ``.gguf``. What cannot be packed is an error before training. What an earlier run wrote is replaced.
+            ``.gguf``. What cannot be packed is an error before training. What an earlier run wrote is replaced; each
+            trial of a hyperparameter search has an `output_dir` of its own.
         leave_unpackable: with `export` to a folder: store layers whose rows the group does not divide unpacked instead
             of raising.
 
@@ -64,23 +67,23 @@ class FourBitCallback(TrainerCallback):
         self.export = export
         self.leave_unpackable = leave_unpackable
         self._calls_are_checked = False
+        self._packable: Callable[[], Any] = lambda: None  # the model that was found to be so, while it lives
         patch(GenerationMixin, "generate", _with_fixed_weights)  # for GRPO and sequence to sequence
         convert_references()
+        learn_run_folders()
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
     ) -> None:
         if model is not None:
             self._convert(model)
-            if self._gguf_file(args):
-                check_gguf(model, others.get("processing_class"))
-            elif self.export:
-                check_packable(model, leave_unpackable=self.leave_unpackable)
+            self._check_export(model, others.get("processing_class"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
     ) -> None:
         self._convert(model)
+        self._check_export(model, others.get("processing_class"))
         self._calls_are_checked = False
 
     def on_pre_optimizer_step(
@@ -102,27 +105,38 @@ class FourBitCallback(TrainerCallback):
         if not self.export:
             return
         with shared_errors(all_processes()):  # DDP's too, of which only one writes
-            self._export(model, args, processing_class, state.is_world_process_zero)
+            self._export(model, args, processing_class, state)
 
-    def _export(self, model: Any, args: TrainingArguments, processing_class: Any, main: bool) -> None:
-        if file := self._gguf_file(args):
+    def _export(self, model: Any, args: TrainingArguments, processing_class: Any, state: TrainerState) -> None:
+        main = state.is_world_process_zero
+        if file := self._gguf_file(args, state):
             export_gguf(model, file, processing_class, overwrite=True, is_main_process=main)
             return
         assert self.export  # as on_train_end knows
-        directory = Path(str(args.output_dir), "4bit") if self.export is True else Path(self.export)
+        directory = run_folder(args, state) / "4bit" if self.export is True else Path(self.export)
         export_4bit(model, directory, processing_class, leave_unpackable=self.leave_unpackable, is_main_process=main)
 
     def _convert(self, model: Any) -> None:
         """Convert; a model that came converted keeps its configuration, unless the callback was given one."""
-        if self._is_default:
-            self.config = configuration_of(model) or self.config
+        if self._is_default:  # and not what another Trainer's model came with
+            self.config = configuration_of(model) or FourBitConfig()
         convert_to_4bit(model, self.config)
 
-    def _gguf_file(self, args: TrainingArguments) -> Path | None:
+    def _check_export(self, model: Any, processing_class: Any) -> None:
+        """Raise about what could not be exported: for each model once, whenever the callback first meets it."""
+        if not self.export or self._packable() is model:
+            return
+        if _is_gguf(self.export):
+            check_gguf(model, processing_class)
+        else:
+            check_packable(model, leave_unpackable=self.leave_unpackable)
+        self._packable = weakref.ref(model)
+
+    def _gguf_file(self, args: TrainingArguments, state: TrainerState) -> Path | None:
         """The GGUF file to write, if `export` asks for one."""
         if not _is_gguf(self.export):
             return None
-        return Path(str(args.output_dir), "model.gguf") if self.export == "gguf" else Path(str(self.export))
+        return run_folder(args, state) / "model.gguf" if self.export == "gguf" else Path(str(self.export))
 
 
 def _is_gguf(export: bool | str | os.PathLike[str]) -> bool:

@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 class LearningRateScaleCallback(TrainerCallback):
     """Train embeddings, the output head or norms with a multiple of the learning rate, for any `optim`.
 
-    The Trainer's optimizer gets parameter groups for them, each with the options, such as the weight decay, of the
-    group from which it was taken; the schedule runs for all of them, and the learning rate in the logs stays that of
-    `learning_rate`. With `optim="stable_spam"` or `"spam"` the same can be written as
+    The Trainer's optimizer, built by it or passed to it, gets parameter groups for them, each with the options, such as
+    the weight decay, of the group from which it was taken; the schedule runs for all of them, and the learning rate in
+    the logs stays that of `learning_rate`. With `optim="stable_spam"` or `"spam"` the same can be written as
     `optim_args="embedding_lr_scale=10"`. A head that is tied to the embedding is an embedding.
 
     Args:
@@ -27,7 +27,8 @@ class LearningRateScaleCallback(TrainerCallback):
 
     Raises:
         ValueError: a factor that is no number above 0, or none at all; before training a kind of which nothing is
-            trained, an optimizer that the Trainer did not build, FSDP1 or DeepSpeed ZeRO.
+            trained, an optimizer that comes with a schedule, a Trainer whose own `create_optimizer` does not call the
+            Trainer's, FSDP1 or DeepSpeed ZeRO.
 
     Example:
         >>> callback = LearningRateScaleCallback(embedding=10.0)

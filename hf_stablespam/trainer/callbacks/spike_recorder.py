@@ -1,7 +1,6 @@
 """SpikeRecorder: which tensor spiked, when, and on which data."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -12,6 +11,7 @@ from hf_stablespam.trainer.callbacks.helpers import accelerator_watch
 from hf_stablespam.trainer.callbacks.helpers.figures.reporting import is_training_log
 from hf_stablespam.trainer.callbacks.helpers.figures.step_figures import Watched
 from hf_stablespam.trainer.callbacks.helpers.kept_state import KeepsState
+from hf_stablespam.trainer.callbacks.helpers.run_folder import learn_run_folders, run_folder
 from hf_stablespam.trainer.callbacks.helpers.spiked_steps import SpikedSteps, StepInputs
 from hf_stablespam.trainer.callbacks.helpers.unseen_updates import refuse_unseen_updates
 from hf_stablespam.trainer.registration.flat_shards import refuse_flat_shards
@@ -31,8 +31,11 @@ class SpikeRecorder(KeepsState, TrainerCallback):
     holds more than `keep` lines. A run that resumes from a checkpoint goes on with the file, without what came after
     the checkpoint, and with the running means; another run in the same folder begins a new file.
 
+    In a hyperparameter search each trial has its file, in the folder that the Trainer gives it.
+
     Making one wraps `Accelerator.clip_grad_norm_` and `Accelerator.backward`, where the norm before clipping and
-    the loss of a step are; while it trains the batch sampler leaves a copy of the indices that it yields.
+    the loss of a step are, and `TrainerState.init_training_references`, which knows the trial; while it trains the
+    batch sampler leaves a copy of the indices that it yields.
 
     Args:
         keep: spikes to keep, the last ones. Default 1000.
@@ -55,6 +58,7 @@ class SpikeRecorder(KeepsState, TrainerCallback):
         self.keep = keep
         self.above = float(above)
         accelerator_watch.watch()
+        learn_run_folders()
         self._inputs: StepInputs | None = None  # while a run trains
         self._steps: SpikedSteps | None = None  # from its first step on
         self._restored: dict[str, Any] = {}
@@ -76,7 +80,7 @@ class SpikeRecorder(KeepsState, TrainerCallback):
         refuse_unseen_updates(self, args, kwargs["optimizer"])
         self._steps, self._restored = None, self.restored(state)
         self._stop_following()
-        self._file = SpikeFile(Path(str(args.output_dir)) / FILE_NAME, self.keep)
+        self._file = SpikeFile(run_folder(args, state) / FILE_NAME, self.keep)
         if state.is_world_process_zero:
             self._file.drop_after(state.global_step)
         self._inputs = StepInputs(kwargs["train_dataloader"], kwargs["optimizer"], state.global_step)

@@ -9,8 +9,11 @@ import argparse
 import json
 import os
 import runpy
+import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -55,20 +58,24 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     four_bit = None if parsed.four_bit is None else _four_bit_options(parsed.four_bit, parser)
     options = LaunchOptions(four_bit, parsed.gradient_norms, parsed.reset_every)
-    if not parsed.module and not os.path.exists(parsed.script):
+    script, own = _script_and_arguments(parsed.command, parser)
+    if not parsed.module and not os.path.exists(script):
         parser.error(
-            f"SCRIPT must be an existing file, got {parsed.script!r}; give its path ($(which NAME) for an installed "
+            f"SCRIPT must be an existing file, got {script!r}; give its path ($(which NAME) for an installed "
             "command), or -m MODULE"
         )
-    with tempfile.TemporaryDirectory() as folder:
+    process = os.getpid()
+    with _temporary_folder() as folder:
         options = replace(options, built=str(Path(folder) / "built"))
         _reach_children(options)
         prepare(options)
-        _run(parsed.script, parsed.arguments, is_module=parsed.module)
-        if options.flags and not Path(options.built).exists() and not {"-h", "--help"} & {*parsed.arguments}:
+        _run(script, own, is_module=parsed.module)
+        if os.getpid() != process:  # a child that the script forked has ended, not the script
+            return 0
+        if options.flags and not Path(options.built).exists() and not {"-h", "--help"} & {*own}:
             parser.exit(
                 2,
-                f"hf_stablespam: {parsed.script} ended without building a Trainer, so that {' '.join(options.flags)} "
+                f"hf_stablespam: {script} ended without building a Trainer, so that {' '.join(options.flags)} "
                 "had nothing to attach to; remove the flag, or launch the script that trains\n",
             )
     return 0
@@ -87,16 +94,38 @@ def prepare_child() -> None:
         prepare(LaunchOptions(**json.loads(text)))
 
 
+@contextmanager
+def _temporary_folder() -> Iterator[str]:
+    """A folder that is removed at the end of the block, but not by a child that was forked inside of it."""
+    process, folder = os.getpid(), tempfile.mkdtemp()
+    try:
+        yield folder
+    finally:
+        if os.getpid() == process:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _script_and_arguments(command: list[str], parser: argparse.ArgumentParser) -> tuple[str, list[str]]:
+    """The script and what is its own, a `--` among it; one before the script ends the launcher's options."""
+    command = command[1:] if command[:1] == ["--"] else command
+    if not command:
+        parser.error("SCRIPT is required, after the launcher's own options; --help shows examples")
+    return command[0], command[1:]
+
+
 def _reach_children(options: LaunchOptions) -> None:
     os.environ[ENVIRONMENT] = json.dumps(asdict(options))
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path != str(_CHILD_SITE)]
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(_CHILD_SITE), *filter(None, paths)])
+    present = os.environ.get("PYTHONPATH")
+    paths = present.split(os.pathsep) if present else []  # an empty one among them is the current folder
+    own = str(_CHILD_SITE)
+    os.environ["PYTHONPATH"] = os.pathsep.join([own, *(path for path in paths if path != own)])
 
 
 def _run(script: str, arguments: list[str], *, is_module: bool) -> None:
     """Run `script` as `python` would; an exit with status 0 counts as a return."""
     sys.argv = [script, *arguments]
-    sys.path[0] = os.getcwd() if is_module else str(Path(script).resolve().parent)
+    if not getattr(sys.flags, "safe_path", sys.flags.isolated):  # then Python puts no folder of its own in front
+        sys.path[0] = os.getcwd() if is_module else str(Path(script).resolve().parent)
     try:
         if is_module:
             runpy.run_module(script, run_name="__main__", alter_sys=True)
@@ -134,6 +163,7 @@ def _interval(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m hf_stablespam",
+        usage="%(prog)s [-h] [--four-bit FORMAT] [--gradient-norms] [--reset-every N] [-m] SCRIPT [ARGS ...]",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -161,6 +191,11 @@ def _parser() -> argparse.ArgumentParser:
         help="reset the optimizer's moments every N update steps",
     )
     parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module")
-    parser.add_argument("script", metavar="SCRIPT", help="the script to run, or with -m the module")
-    parser.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="the script's own arguments")
+    # One positional: the first of two would take a `--` that is the script's.
+    parser.add_argument(
+        "command",
+        metavar="SCRIPT [ARGS ...]",
+        nargs=argparse.REMAINDER,
+        help="the script to run, or with -m the module, and the script's own arguments",
+    )
     return parser

@@ -110,6 +110,29 @@ def warn_of_global_clipping(args: "TrainingArguments", method: str = "Stable-SPA
         )
 
 
+def warn_of_unread_options(args: "TrainingArguments", given: Any) -> None:
+    """Say that `optim_args` counts for nothing where the Trainer has an optimizer that is none of ours.
+
+    Args:
+        args: the Trainer's.
+        given: its optimizer before it would build one; `None`: none.
+    """
+    name = getattr(args.optim, "value", args.optim)
+    if given is None or name not in BUILDERS or args.process_index:
+        return
+    from hf_stablespam.optim import SPAM, StableSPAM
+
+    options = parse_optim_args(args.optim_args, name)
+    take_scales(options)  # these count for every optimizer
+    optimizer = unwrap(given)
+    if options and not isinstance(optimizer, (StableSPAM, SPAM)):
+        logger.warning(
+            "optim=%s and %s in optim_args count for nothing: the Trainer was given its optimizer, %s; leave the"
+            " optimizer out, or these options",
+            *(name, ", ".join(options), type(optimizer).__name__),
+        )
+
+
 def teach_trainer(trainer_cls: "type[Trainer]") -> None:
     """Teach `Trainer`, and so every subclass, what `optim` means for the names of `BUILDERS`. Twice is harmless."""
     patch(trainer_cls, "get_optimizer_cls_and_kwargs", _knowing)
@@ -149,6 +172,7 @@ def _knowing(original: Any) -> Any:
 
 def _scaling(original: Any) -> Any:
     def create_optimizer(self: "Trainer", *args: Any, **kwargs: Any) -> Any:
+        warn_of_unread_options(self.args, self.optimizer)
         optimizer = original(self, *args, **kwargs)
         scales = asked_scales(self.args, self.callback_handler.callbacks)
         if scales:

@@ -70,6 +70,33 @@ def test_errors_are_one_line_and_no_traceback(tmp_path, capsys, content, message
     assert message in error
 
 
+HUGE = "9" * 400  # an integer that no float holds
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("spikes.jsonl", '{"step": 2, "tensor": "w", "score": "high"}\n{"step": 2, "tensor": "v", "score": 12.5}\n'),
+        ("spikes.jsonl", f'{{"step": 2, "tensor": "w", "score": {HUGE}}}\n{{"step": {HUGE}, "tensor": "v"}}\n'),
+        ("spikes.jsonl", f'{{"step": {HUGE * 20}}}\n{"[" * 100_000}\n'),
+        ("trainer_state.json", f'{{"log_history": [{{"step": 1, "loss": {HUGE}, "lr": 1}}, {{"step": {HUGE}}}]}}'),
+        ("config.json", '"model_type"'),
+        ("config.json", "[1]"),
+    ],
+    ids=["a score in words", "huge numbers", "unreadable lines", "huge logs", "a string", "a list"],
+)
+def test_what_is_damaged_beside_the_logs_is_done_without(tmp_path, name, content):
+    folder = write_run(tmp_path / "run", steps=5)
+    (folder / name).write_text(content)
+    assert report.main([str(folder), "-o", str(tmp_path / "report.html")]) == 0
+
+
+def test_an_integer_that_python_does_not_read_is_an_error_in_words(tmp_path, capsys):
+    (tmp_path / "trainer_state.json").write_text(f'{{"log_history": [{{"step": {HUGE * 20}}}]}}')
+    assert report.main([str(tmp_path)]) == 1
+    assert "must be valid JSON, it is broken or truncated" in capsys.readouterr().err
+
+
 def test_without_bokeh_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "hf_stablespam.monitor.report.bokeh_figures", None)
     monkeypatch.delattr("hf_stablespam.monitor.report.bokeh_figures", raising=False)

@@ -82,6 +82,21 @@ def test_the_hyperparameters_come_from_the_saved_arguments(tmp_path):
     assert "hf_secret" not in str(run.settings)
 
 
+def test_secrets_in_dictionaries_are_left_out_too(tmp_path):
+    folder = write_run(tmp_path / "run")
+    arguments = TrainingArguments(str(folder), hub_token="hf_secret", use_cpu=True)
+    kept = {"monkey": 1, "keep_last": 2, "label_names": ["a"], "rate": 0.5}
+    hidden = {"token": "hf_secret", "apiKey": "hf_secret", "secret": "hf_secret", "db_password": "hf_secret"}
+    arguments.model_init_kwargs = {**hidden, **kept, "config": [{"hub-token": "hf_secret", "tokens": 3}]}
+    arguments.wandb_api_key = arguments.push_to_hub_token = "hf_secret"
+    torch.save(arguments, folder / "training_args.bin")
+    (run,) = read_runs([folder])
+    assert "hf_secret" not in str(run.settings)
+    assert run.settings["model_init_kwargs"] == str({**kept, "config": [{"tokens": 3}]})
+    assert "wandb_api_key" not in run.settings
+    assert "label_names" in run.settings
+
+
 class _Attack:
     def __init__(self, path):
         self.path = path

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import BOFTConfig, OFTConfig, VBLoRAConfig, get_peft_model
 
-from hf_stablespam.recipes.lae import IncrementalClassifier, LAEModel, lae_predict
+from hf_stablespam.recipes.lae import IncrementalClassifier, LAEModel, add_lae_adapters, lae_predict
+from hf_stablespam.recipes.lae.adapters import add_expert
 from tests.recipes.lae.helpers import WIDTH, Images, lora, tiny_vit, train_task, vit_model
 
 NAMES = {"online": "fast", "offline": "slow"}
@@ -43,3 +44,20 @@ def test_the_kind_of_loss_is_remembered(local_loss, tmp_path):
     description = tmp_path / "lae.json"
     description.write_text(description.read_text().replace('"local_loss"', '"other"'))  # a folder of before
     assert LAEModel.from_pretrained(tiny_vit(), tmp_path).local_loss
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        VBLoRAConfig(target_modules=["k_proj", "v_proj"], r=2, vector_length=4, num_vectors=8, topk=2),
+        OFTConfig(target_modules=["k_proj"], r=0, oft_block_size=4),
+        BOFTConfig(target_modules=["k_proj"], boft_block_size=4),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_shared_parameters_and_buffers_of_adapters_are_no_strangers(config):
+    model = LAEModel(add_lae_adapters(tiny_vit(), config, calibrate=False), IncrementalClassifier(WIDTH))
+    model.classifier.add_task(2)
+    model.load_state_dict(model.state_dict())
+    add_expert(model.peft_model, "offline")
+    model.load_state_dict(model.state_dict())

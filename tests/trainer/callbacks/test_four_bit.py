@@ -175,6 +175,41 @@ def test_what_cannot_be_exported_is_refused_before_training(tmp_path: Path) -> N
         )
 
 
+def unpackable() -> FourBitCallback:
+    return FourBitCallback(FourBitConfig(activation=None, group_size=32), export=True)
+
+
+def test_a_callback_that_is_added_later_refuses_before_training_too(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="export needs it; install the extra 'export'")
+    trainer = Trainer(tiny(), arguments(tmp_path), train_dataset=Data())
+    trainer.add_callback(unpackable())
+    with pytest.raises(ValueError, match=r"cannot be packed: .*down_proj has 48 inputs"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_another_model_of_model_init_is_looked_at_too(tmp_path: Path) -> None:
+    """The first one, which the Trainer makes to begin with, could be packed."""
+    pytest.importorskip("compressed_tensors", reason="export needs it; install the extra 'export'")
+    shapes = iter([64, 48])
+
+    def model() -> LlamaForCausalLM:
+        return LlamaForCausalLM(LlamaConfig(**{**tiny().config.to_dict(), "intermediate_size": next(shapes)}))
+
+    trainer = Trainer(model_init=model, args=arguments(tmp_path), train_dataset=Data(), callbacks=[unpackable()])
+    with pytest.raises(ValueError, match=r"cannot be packed: .*down_proj has 48 inputs"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_what_one_model_came_with_is_not_the_next_ones(tmp_path: Path) -> None:
+    callback = FourBitCallback()
+    first, second = convert_to_4bit(tiny(), FourBitConfig("mxfp4", None, group_size=32)), tiny()
+    for model in (first, second):
+        Trainer(model, arguments(tmp_path), callbacks=[callback])
+    assert [model.model.layers[0].mlp.up_proj.four_bit.weight for model in (first, second)] == ["mxfp4", "int4"]
+
+
 def gguf_trainer(tmp_path: Path, export: str, model: object = None, config: FourBitConfig | None = None) -> Trainer:
     from tests.quant.export.gguf.models import byte_level_tokenizer
     from tests.quant.export.gguf.models import tiny as model_with_vocabulary

@@ -9,7 +9,8 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import set_seed
 
-from hf_stablespam import GradientNormCallback, MomentumResetCallback, SpikeRecorder
+from hf_stablespam import FourBitCallback, FourBitConfig, GradientNormCallback, MomentumResetCallback, SpikeRecorder
+from hf_stablespam.monitor.report.runs import read_runs
 from hf_stablespam.monitor.spike_file import read_spikes
 from tests.trainer.callbacks.gradient_helpers import Spike
 from tests.trainer.helpers import RandomTokens, arguments, tiny_llama, tiny_trainer
@@ -242,3 +243,28 @@ def test_bad_arguments(options, message):
     """Beside those of `test_wrong_uses.py`."""
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         SpikeRecorder(**options)
+
+
+@pytest.mark.parametrize("names", [None, lambda trial: f"trial{trial.number}"])
+def test_each_trial_of_a_hyperparameter_search_has_spikes_and_an_export_of_its_own(tmp_path, names):
+    """In the folder that the Trainer gives it, where a report finds them; the output folder itself has none."""
+    optuna = pytest.importorskip("optuna", reason="the search needs optuna, which is not installed")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    pytest.importorskip("compressed_tensors", reason="the export needs it, and it is not installed")
+    packed = FourBitConfig(activation=None, group_size=16, modules_to_not_convert=("lm_head", "down_proj"))
+    args = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=6, eval_strategy="steps", eval_steps=6)
+    trainer = Trainer(
+        model_init=lambda: tiny_llama(),
+        args=args,
+        train_dataset=RandomTokens(),
+        eval_dataset=RandomTokens(rows=4),
+        callbacks=[SpikeRecorder(above=1.01), FourBitCallback(packed, export=True)],
+    )
+    space = {"hp_space": lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2)}}
+    trainer.hyperparameter_search(n_trials=2, backend="optuna", hp_name=names, **space)
+    folders = ["run-0", "run-1"] if names is None else ["trial0", "trial1"]
+    for name in ("spikes.jsonl", "4bit"):
+        assert sorted(path.parent.name for path in tmp_path.rglob(name)) == folders
+    runs = read_runs([tmp_path])
+    assert [run.label for run in runs] == folders
+    assert all(run.spikes for run in runs)

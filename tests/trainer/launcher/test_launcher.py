@@ -10,6 +10,7 @@ import pytest
 from transformers.trainer_callback import CallbackHandler
 
 from hf_stablespam import FourBitConfig, MomentumResetCallback
+from hf_stablespam.trainer.launcher import launch as launch_module
 from hf_stablespam.trainer.launcher.attach import LaunchOptions, attach_callbacks, four_bit_config
 from tests.processes import run_code, run_module
 from tests.trainer.helpers import tiny_trainer
@@ -169,3 +170,52 @@ def test_a_child_that_outlives_the_launcher_makes_its_trainer(tmp_path, monkeypa
     trainer = tiny_trainer(tmp_path, max_steps=1)
     trainer.train()
     assert "gradients/norm" in trainer.state.log_history[0]
+
+
+def test_a_separator_of_the_script_stays_and_one_before_it_goes(tmp_path):
+    script = tmp_path / "echo.py"
+    script.write_text("import sys; print(sys.argv[1:])")
+    for given in ([script, "--", "a", "--"], ["--", script, "--", "a", "--"], ["-m", "--", "echo", "--", "a", "--"]):
+        done = launch(*given, environment={"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])})
+        assert done.stdout == "['--', 'a', '--']\n", done.stderr
+    for given in (["--"], ["-m"], ["run", "--"]):
+        done = launch(*given)
+        assert done.returncode == 2
+        assert "SCRIPT is required, after the launcher's own options" in done.stderr
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python's -P is of 3.11")
+def test_safe_paths_of_the_user_stay(tmp_path):
+    """Under -P Python puts no folder in front of `PYTHONPATH`: the first place is the user's."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "only_here.py").write_text("")
+    (tmp_path / "script.py").write_text("import only_here; print('found')")
+    paths = os.pathsep.join([str(tmp_path / "mine"), str(ROOT)])
+    done = launch(tmp_path / "script.py", environment={"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"})
+    assert done.stdout == "found\n", done.stderr
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, []), ("", []), ("a:", ["a", ""]), (":a", ["", "a"])])
+def test_empty_entries_of_the_path_are_the_current_folder_for_children_too(monkeypatch, given, kept):
+    monkeypatch.setenv("PYTHONPATH", (given or "").replace(":", os.pathsep))  # so that it comes back
+    if given is None:
+        monkeypatch.delenv("PYTHONPATH")
+    monkeypatch.setenv(launch_module.ENVIRONMENT, "")
+    for _ in range(2):  # under a launcher, too
+        launch_module._reach_children(LaunchOptions())
+        assert os.environ["PYTHONPATH"].split(os.pathsep) == [str(launch_module._CHILD_SITE), *kept]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_child_that_the_script_forks_leaves_the_launchers_folder(tmp_path, status):
+    script = tmp_path / "forks.py"
+    script.write_text(
+        "import json, os, pathlib, sys\n"
+        "if not (child := os.fork()):\n"
+        f"    sys.exit({status})\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "pathlib.Path(json.loads(os.environ['HF_STABLESPAM_LAUNCH'])['built']).touch()\n"  # as a Trainer does
+    )
+    done = launch("--gradient-norms", script)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{status}\n", "")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -28,6 +27,7 @@ from hf_stablespam.trainer.callbacks.helpers.figures.reporting import (
 )
 from hf_stablespam.trainer.callbacks.helpers.kept_state import KeepsState
 from hf_stablespam.trainer.callbacks.helpers.moment_resets.restart import learn_to_reset
+from hf_stablespam.trainer.callbacks.helpers.run_folder import learn_run_folders, run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class SavesWidths(ReportsFigures, TrainerCallback):
 
     def __init__(self, report: PruningReport | None = None) -> None:
         report_before_others()
+        learn_run_folders()
         self.unlogged: dict[str, float] = report.figures() if report is not None else {}
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -49,7 +50,7 @@ class SavesWidths(ReportsFigures, TrainerCallback):
             self.unlogged = {}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+        folder = run_folder(args, state) / f"checkpoint-{state.global_step}"
         with shared_errors(all_processes()):
             if state.is_world_process_zero and (folder / "config.json").is_file():
                 write_widths_of(kwargs["model"], folder)

@@ -88,9 +88,8 @@ def chosen_columns(batch: Mapping[str, Any], length: int) -> Tensor | None:
     width = min(length, ids.shape[1])
     position = torch.arange(ids.shape[1], device=ids.device)
     start = _first(_alike(batch.get("attention_mask"), ids) != 0)
-    labelled = (_alike(batch.get("labels"), ids) != -100) & (
-        position > start.unsqueeze(1)
-    )  # the first is not predicted
+    predicted = position > start.unsqueeze(1)  # all but the first
+    labelled = (_alike(batch.get("labels"), ids) != -100) & predicted
     answer = _first(labelled)
     start = torch.where(labelled.any(1) & (answer >= start + width), answer - 1, start)
     return start.clamp(max=ids.shape[1] - width).unsqueeze(1) + torch.arange(width, device=ids.device)

@@ -125,6 +125,22 @@ def test_an_optimizer_that_was_given_is_set_apart_and_one_with_a_schedule_refuse
         trainer.train()
 
 
+def test_optim_args_beside_an_optimizer_that_was_given_are_said_to_count_for_nothing(tmp_path, caplog):
+    """But for the scales. The Trainer reads `optim` for no such optimizer."""
+    for optim_args, said in (("embedding_lr_scale=10,clip_beta=0.5", True), ("embedding_lr_scale=10", False)):
+        caplog.clear()
+        model = tiny_llama()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        options = {"max_steps": 1, "optim_args": optim_args, "optimizers": (optimizer, None)}
+        trainer = trained(tmp_path, model=model, **options)
+        assert groups_of(trainer)[EMBEDDING]["initial_lr"] == 1e-2
+        assert ("optim=stable_spam and clip_beta in optim_args count for nothing" in caplog.text) == said
+    caplog.clear()
+    again = trained(tmp_path, max_steps=1, optim_args="clip_beta=0.5")
+    again.train()
+    assert "count for nothing" not in caplog.text
+
+
 def test_a_trainer_that_builds_its_optimizer_itself_is_refused(tmp_path):
     class Own(Trainer):
         def create_optimizer(self, *args):
