@@ -67,10 +67,13 @@ class FourBitCallback(TrainerCallback):
         self.export = export
         self.leave_unpackable = leave_unpackable
         self._calls_are_checked = False
-        self._packable: Callable[[], Any] = lambda: None  # the model that was found to be so, while it lives
+        self._packable: weakref.ref[Any] | None = None  # the model that was found to be so, while it lives
         patch(GenerationMixin, "generate", _with_fixed_weights)  # for GRPO and sequence to sequence
         convert_references()
         learn_run_folders()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packable": None}  # a weak reference cannot be pickled, as Ray does
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
@@ -124,7 +127,7 @@ class FourBitCallback(TrainerCallback):
 
     def _check_export(self, model: Any, processing_class: Any) -> None:
         """Raise about what could not be exported: for each model once, whenever the callback first meets it."""
-        if not self.export or self._packable() is model:
+        if not self.export or (self._packable is not None and self._packable() is model):
             return
         if _is_gguf(self.export):
             check_gguf(model, processing_class)

@@ -1,6 +1,7 @@
 """save_pruned and load_pruned, and what others see in the folder."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 
 from hf_stablespam import FourBitConfig, convert_to_4bit
 from hf_stablespam.recipes.adapt_pruner import LayerPlan, PruningPlan, load_pruned, prune_units, save_pruned
+from hf_stablespam.recipes.adapt_pruner.training.callback import SavesWidths
 from tests.quant.export.gguf.models import byte_level_tokenizer
 from tests.recipes.adapt_pruner.models import FAMILIES, batches, logits, small
 from tests.recipes.adapt_pruner.test_surgery import PLAN
@@ -116,3 +118,19 @@ def test_a_loaded_model_trains(tmp_path):
     ids = batches(1)[0]["input_ids"]
     loaded(input_ids=ids, labels=ids).loss.backward()
     assert all(parameter.grad is not None for parameter in loaded.parameters())
+
+
+def test_a_checkpoint_of_a_trial_gets_its_widths(tmp_path):
+    """The Trainer puts it into a folder of the trial's own."""
+    callback, state, model = SavesWidths(), transformers.TrainerState(), small()
+    trainer = SimpleNamespace(
+        hp_name=None,
+        _trial=object(),
+        _get_output_dir=lambda trial: str(tmp_path / "run-0"),
+        is_local_process_zero=lambda: True,
+        is_world_process_zero=lambda: True,
+    )
+    state.init_training_references(trainer, 1, 1, None)
+    model.save_pretrained(tmp_path / "run-0" / "checkpoint-0")
+    callback.on_save(transformers.TrainingArguments(str(tmp_path)), state, transformers.TrainerControl(), model=model)
+    assert (tmp_path / "run-0" / "checkpoint-0" / "pruning.json").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -200,6 +201,16 @@ def test_another_model_of_model_init_is_looked_at_too(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot be packed: .*down_proj has 48 inputs"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_a_callback_is_pickled_with_its_trainer(tmp_path: Path) -> None:
+    """Ray does so in a hyperparameter search."""
+    pytest.importorskip("compressed_tensors", reason="export needs it; install the extra 'export'")
+    callback = FourBitCallback(FourBitConfig(activation=None, group_size=16), export=True)
+    model = tiny()
+    Trainer(model, arguments(tmp_path), callbacks=[callback])
+    again = pickle.loads(pickle.dumps(callback))
+    assert (again.config, again.export) == (callback.config, True)
 
 
 def test_what_one_model_came_with_is_not_the_next_ones(tmp_path: Path) -> None:
