@@ -163,7 +163,8 @@ def _interval(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m hf_stablespam",
-        usage="%(prog)s [-h] [--four-bit FORMAT] [--gradient-norms] [--reset-every N] [-m] SCRIPT [ARGS ...]",
+        usage="%(prog)s [-h] [--version] [--four-bit FORMAT] [--gradient-norms] [--reset-every N] [-m] SCRIPT"
+        " [ARGS ...]",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
