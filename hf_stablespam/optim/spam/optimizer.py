@@ -12,6 +12,7 @@ from hf_stablespam.optim.options import SPAM as OPTIONS
 from hf_stablespam.optim.options import check_gradient
 from hf_stablespam.optim.plan import MOMENTS, Batch, Options, Result, State
 from hf_stablespam.optim.spam.update import spam_step
+from hf_stablespam.optim.state.fresh import moment_dtype
 from hf_stablespam.optim.state.low_bit import clear_moments
 from hf_stablespam.optim.state.sparse_mask import draw_mask, empty_mask, kept_entries
 
@@ -20,7 +21,7 @@ def fresh_spam_state(param: Tensor, group: Options) -> State:
     """Two counters on the CPU (read by the host), one beside the moments; moments as those of `StableSPAM`."""
     state = {name: torch.zeros((), dtype=torch.float32) for name in ("step", "resets")}
     state["moment_step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-    dtype = torch.float32 if param.dtype == torch.float16 else param.dtype  # where V would underflow
+    dtype = moment_dtype(param)
     if group["density"] < 1 and param.dim() == 2:
         state["mask"] = empty_mask(param.numel(), param.device)
         kept = kept_entries(param.numel(), group["density"])

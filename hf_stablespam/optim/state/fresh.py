@@ -29,20 +29,20 @@ def fresh_state(param: Tensor, options: Options) -> State:
         param = projected_example(param, options)
     if low_bit.fits(param, options["state_bits"]):
         return state | low_bit.zero_moments(param.shape, options["state_bits"], param.device)
-    dtype, layout = _moment_dtype(param, options), torch.preserve_format
+    dtype, layout = moment_dtype(param, options["state_dtype"]), torch.preserve_format
     return state | {name: torch.zeros_like(param, dtype=dtype, memory_format=layout) for name in MOMENTS}
 
 
-def _moment_dtype(param: Tensor, options: Options) -> torch.dtype:
-    """The option's, or else the parameter's; but V of float16 would underflow to 0 and M/√V explode.
+def moment_dtype(param: Tensor, asked: torch.dtype | None = None) -> torch.dtype:
+    """What is asked for, or else the parameter's; but V of float16 would underflow to 0 and M/√V explode.
 
     A float64 parameter keeps float64 moments: its gradients may be such that float32 cannot hold their squares.
     """
     if param.dtype == torch.float64:
         return torch.float64
-    if options["state_dtype"] is None and param.dtype == torch.float16:
+    if asked is None and param.dtype == torch.float16:
         return torch.float32
-    return options["state_dtype"] or param.dtype
+    return asked or param.dtype
 
 
 def without_scales(state: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from hf_stablespam._sharded import full
 from hf_stablespam.quant.config import FourBitConfig
 from hf_stablespam.quant.export.packing import pack_weight
 from hf_stablespam.quant.formats.quantizer import Quantizer
-from hf_stablespam.quant.layers.experts import FourBitExperts, is_experts, quantize_experts, weight_names
+from hf_stablespam.quant.layers.expert_weights import quantize_experts
+from hf_stablespam.quant.layers.experts import FourBitExperts, is_experts, weight_names
 
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.[^.]+\.weight$")
 # transformers ignores the global scales of packed NVFP4 experts, and has no zero points for them.

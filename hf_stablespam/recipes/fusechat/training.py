@@ -167,18 +167,18 @@ def _run(trainer: Any, run: str | None, resume: bool) -> None:
     folder = trainer.args.output_dir
     trainer.train(resume_from_checkpoint=own_checkpoint(folder, run) if resume else None)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    with shared_errors(all_processes()):
-        if hasattr(model, "peft_config"):
-            _save(model.merge_and_unload(), trainer.processing_class, Path(folder))
-        else:
-            trainer.save_model()
+    if hasattr(model, "peft_config"):
+        _save(model, trainer.processing_class, Path(folder))
     with shared_errors(all_processes()):  # a barrier too: what follows reads the folder
+        if not hasattr(model, "peft_config"):
+            trainer.save_model()
         trainer.save_state()
 
 
 def _save(model: Any, processing_class: Any, folder: Path) -> None:
-    """Write a model by one process; shards of FSDP2 are gathered by all."""
+    """Write a model by one process, an adapter merged into it; shards of FSDP2 are gathered by all."""
     with shared_errors(all_processes()) as meet:
+        model = model.merge_and_unload() if hasattr(model, "peft_config") else model
         tensors = None
         if any(is_sharded(parameter) for parameter in model.parameters()):
             meet()

@@ -15,7 +15,7 @@ from hf_stablespam.quant import FourBitConfig
 from hf_stablespam.quant.formats import fused
 from hf_stablespam.quant.formats.number_formats import FORMATS, ScaleKind
 from hf_stablespam.quant.formats.quantizer import Quantizer, quantize
-from hf_stablespam.quant.layers.experts import quantize_experts
+from hf_stablespam.quant.layers.expert_weights import quantize_experts
 from hf_stablespam.quant.layers.matmul import Recipe
 
 

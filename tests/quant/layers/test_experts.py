@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_stablespam import FourBitConfig, StableSPAM, convert_to_4bit, restore_linear
 from hf_stablespam.quant.formats.number_formats import FORMATS as WEIGHT_FORMATS
-from hf_stablespam.quant.layers.experts import FourBitExperts, quantize_experts, used_experts, weight_names
+from hf_stablespam.quant.layers.expert_weights import quantize_experts, used_experts
+from hf_stablespam.quant.layers.experts import FourBitExperts, weight_names
 from hf_stablespam.quant.layers.linear import fixed_weights
 from hf_stablespam.quant.layers.matmul import Recipe
 from hf_stablespam.quant.parameter_counts import parameter_counts
@@ -225,14 +226,14 @@ def test_checkpointing_autocast_and_nothing_kept_give_the_same(implementation: s
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_experts_without_a_token_are_not_rounded(monkeypatch, implementation: str, cache_weights: bool) -> None:
     """Nor are they made again for the backward pass."""
+    from hf_stablespam.quant.layers import expert_weights, matmul
     from hf_stablespam.quant.layers import experts as layer
-    from hf_stablespam.quant.layers import matmul
 
     model = convert_to_4bit(mixture(implementation=implementation), FourBitConfig(cache_weights=cache_weights))
     experts, rounded = experts_of(model), set()
     masters = [row.data_ptr() for name in weight_names(experts) for row in getattr(experts, name)]
     original = matmul.quantize_weight
-    for module in (layer, matmul):
+    for module in (layer, expert_weights, matmul):
         monkeypatch.setattr(module, "quantize_weight", lambda *a: rounded.add(a[0].data_ptr()) or original(*a))
     x, index, weights = routed(experts)
     experts(x, index, weights).sum().backward()

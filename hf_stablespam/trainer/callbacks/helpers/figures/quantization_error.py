@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from hf_stablespam._sharded import full
 from hf_stablespam.quant import FourBitLinear
-from hf_stablespam.quant.layers.experts import FourBitExperts, quantize_experts, weight_names
+from hf_stablespam.quant.layers.expert_weights import quantize_experts
+from hf_stablespam.quant.layers.experts import FourBitExperts, weight_names
 from hf_stablespam.quant.layers.matmul import quantize_weight
 
 
