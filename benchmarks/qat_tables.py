@@ -125,6 +125,15 @@ def summary(record: Record) -> str:
     parts.append(
         f"So training in the format takes away {min(taken):.0f} to {max(taken):.0f} % of what the rounding costs."
     )
+    longer = {
+        label: replace(best(record, method, GGUF)[0], steps=round(LONGER * STEPS)) for method, label in LABELS.items()
+    }
+    if all(run in record for run in longer.values()):
+        ends = [f"{perplexity_of(record, run):.2f} with {label}" for label, run in longer.items()]
+        parts.append(
+            f"After {round(LONGER * STEPS)} steps at the rate that was best after {STEPS} it ends at "
+            f"{' and '.join(ends)} (1 seed)."
+        )
     return " ".join(parts)
 
 

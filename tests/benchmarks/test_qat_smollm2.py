@@ -76,7 +76,10 @@ def row(perplexity, **more):
 def record():
     """Two methods in the first format, one of them with three seeds, and full precision."""
     after = {f"rounded_{name}": value for name, value in zip(FORMATS, (50, 60, 70, 80), strict=True)}
-    found = {Run(LOADED, FULL, 0.0, steps=0): row(40, **after), Run("adamw_clipped", FULL, 2e-4): row(30, **after)}
+    found = {
+        Run(LOADED, FULL, 0.0, steps=0): row(40, tokens=99, **after),
+        Run("adamw_clipped", FULL, 2e-4): row(30, **after),
+    }
     for rate, perplexity in ((1e-4, 35), (2e-4, 33), (4e-4, 34)):
         found[Run("stable_spam", GGUF, rate)] = row(perplexity)
     found |= {Run("stable_spam", GGUF, 2e-4, seed): row(33 + seed) for seed in SEEDS[1:]}
@@ -108,6 +111,16 @@ def test_the_table_of_steps_shows_the_same_rates_after_more_of_them(record):
         "| int4_signed, groups of 32 | AdamW + clipping | 0.0001 | 36.00 | – |",
         "| int4_signed, groups of 32 | Stable-SPAM | 0.0002 | 33.00 | 29.00 |",
     ]
+
+
+def test_the_words_say_what_more_steps_end_at_where_both_are_on_record(record):
+    record[Run("adamw_clipped", GGUF, 1e-4, steps=100)] = row(28)
+    assert "100 steps" not in qat_tables.summary(record)
+    record[Run("stable_spam", GGUF, 2e-4, steps=100)] = row(29)
+    said = (
+        "After 100 steps at its best rate it ends at 28.00 with AdamW + clipping and 29.00 with Stable-SPAM (1 seed)."
+    )
+    assert said in qat_tables.summary(record)
 
 
 def test_the_figure_has_a_line_for_each_run_and_bars_for_what_is_on_record(record, tmp_path):
