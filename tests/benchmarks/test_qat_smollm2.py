@@ -117,10 +117,8 @@ def test_the_words_say_what_more_steps_end_at_where_both_are_on_record(record):
     record[Run("adamw_clipped", GGUF, 1e-4, steps=100)] = row(28)
     assert "100 steps" not in qat_tables.summary(record)
     record[Run("stable_spam", GGUF, 2e-4, steps=100)] = row(29)
-    said = (
-        "After 100 steps at its best rate it ends at 28.00 with AdamW + clipping and 29.00 with Stable-SPAM (1 seed)."
-    )
-    assert said in qat_tables.summary(record)
+    said = qat_tables.summary(record)
+    assert said.endswith("best after 40 it ends at 28.00 with AdamW + clipping and 29.00 with Stable-SPAM (1 seed).")
 
 
 def test_the_figure_has_a_line_for_each_run_and_bars_for_what_is_on_record(record, tmp_path):
