@@ -10,7 +10,7 @@ from hf_stablespam import FourBitConfig
 
 NAME, FILES = "qat_smollm2", Path("runs/qat_smollm2")
 STEPS, WARM_UP, EVALUATIONS = 40, 4, 4
-LONGER = 2.5  # times the steps, once for each at its best rate
+LONGER = 2.5  # times the steps, with rates and seeds of their own
 WINDOWS = 20  # of 128 held-out tokens, from all over the pages
 RATES, SEEDS = (2e-4, 4e-4, 1e-4), (0, 1, 2)
 SMALLEST, LARGEST = 2.5e-5, 1.6e-3  # where the search for the best rate ends

@@ -9,9 +9,9 @@
 Each run trains the loaded model for some steps of 4 × 128 tokens, in full precision or inside of a 4-bit format, with
 AdamW and clipping (the Trainer's default) or with Stable-SPAM, and read on held-out pages, all in float32; runs in
 full precision also after rounding to each format, which is what post-training quantization (PTQ) means here. The
-learning rate is doubled or halved until the best one has a worse one on both sides; the seeds follow at the best, and
-one run of two and a half times the steps. Start it as often as there are cores: the processes share the queue. One step
-takes four to six seconds of one core.
+learning rate is doubled or halved until the best one has a worse one on both sides, and the seeds follow at the best;
+then all this for two and a half times the steps. Start it as often as there are cores: the processes share the queue.
+One step takes four to six seconds of one core.
 """
 
 from __future__ import annotations
@@ -83,27 +83,38 @@ def search(base: Run, record: Record) -> tuple[list[Run], float | None]:
             return runs, best
 
 
+def searches(bases: list[Run], record: Record) -> tuple[list[Run], dict[Run, float] | None]:
+    """The runs that several searches need, in turns, and the best rate of each once all are known."""
+    found = [search(base, record) for base in bases]
+    longest = max(len(runs) for runs, _ in found)
+    in_turns = [runs[rate] for rate in range(longest) for runs, _ in found if rate < len(runs)]
+    best = {base: rate for base, (_, rate) in zip(bases, found, strict=True) if rate is not None}
+    return in_turns, best if len(best) == len(bases) else None
+
+
 def study(record: Record, steps: int = STEPS) -> Iterator[Run]:
     """All runs in the order of their worth, as far as they can be known now."""
     yield Run(LOADED, FULL, 0.0, steps=0)
     bases = [Run(method, GGUF, 0.0, steps=steps) for method in METHODS] + [Run("adamw_clipped", FULL, 0.0, steps=steps)]
-    found = [search(base, record) for base in bases]
-    for rate in range(max(len(runs) for runs, _ in found)):
-        yield from (runs[rate] for runs, _ in found if rate < len(runs))
-    if any(best is None for _, best in found):
+    runs, best = searches(bases, record)
+    yield from runs
+    if best is None:
         return
-    best = dict(zip(bases, (best for _, best in found), strict=True))
     for seed in SEEDS[1:]:
-        yield from (replace(base, learning_rate=rate, seed=seed) for base, rate in best.items())
-    for precision in list(FORMATS)[1:]:  # at the best rates of the first format
-        for method in METHODS:
-            yield Run(method, precision, best[Run(method, GGUF, 0.0, steps=steps)], steps=steps)
-    yield from (replace(base, learning_rate=rate, steps=round(LONGER * steps)) for base, rate in best.items())
-    yield Run("stable_spam", FULL, best[Run("adamw_clipped", FULL, 0.0, steps=steps)], steps=steps)
-    for seed in SEEDS[1:]:
-        for precision in list(FORMATS)[1:]:
-            for method in METHODS:
-                yield Run(method, precision, best[Run(method, GGUF, 0.0, steps=steps)], seed, steps)
+        yield from (replace(base, learning_rate=best[base], seed=seed) for base in bases)
+    rates = {method: best[base] for method, base in zip(METHODS, bases, strict=False)}
+    others = [Run(method, each, rates[method], steps=steps) for each in list(FORMATS)[1:] for method in METHODS]
+    yield from others  # at the best rates of the first format
+    yield Run("stable_spam", FULL, best[bases[-1]], steps=steps)
+    longer = [replace(base, steps=round(LONGER * steps)) for base in bases]
+    runs, best = searches(longer, record)
+    yield from runs
+    if best is None:
+        return
+    of_seeds = [[replace(base, learning_rate=rate, seed=seed) for base, rate in best.items()] for seed in SEEDS[1:]]
+    yield from (run for runs in of_seeds for run in runs if run.precision != FULL)
+    yield from (replace(run, seed=seed) for seed in SEEDS[1:] for run in others)
+    yield from (run for runs in of_seeds for run in runs)
 
 
 def missing(steps: int) -> list[Run]:

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import _record, qat_smollm2, qat_tables
-from benchmarks.qat_record import FORMATS, FULL, GGUF, LOADED, RATES, SEEDS, Run
+from benchmarks.qat_record import FORMATS, FULL, GGUF, LOADED, LONGER, RATES, SEEDS, STEPS, Run
 from benchmarks.qat_smollm2 import METHODS, search, study
 
 
@@ -27,10 +27,11 @@ def pretended(best: float):
 @pytest.mark.parametrize("best", [2e-4, 5e-5, 8e-4])
 def test_the_best_rate_has_a_worse_one_on_both_sides_before_the_seeds_follow(best):
     record = pretended(best)
-    own = [run for run in record if run.method == "stable_spam" and run.precision == GGUF]
-    tried = sorted(run.learning_rate for run in own if run.seed == SEEDS[0])
-    assert tried[0] < best < tried[-1]
-    assert [run.learning_rate for run in own if run.seed != SEEDS[0]] == pytest.approx([best, best])
+    for steps in (STEPS, round(LONGER * STEPS)):
+        own = [run for run in record if (run.method, run.precision, run.steps) == ("stable_spam", GGUF, steps)]
+        tried = sorted(run.learning_rate for run in own if run.seed == SEEDS[0])
+        assert tried[0] < best < tried[-1]
+        assert [run.learning_rate for run in own if run.seed != SEEDS[0]] == pytest.approx([best, best])
     assert {(run.method, run.precision, run.seed) for run in record} >= {
         (method, precision, seed) for method in METHODS for precision in FORMATS for seed in SEEDS
     }
