@@ -178,11 +178,11 @@ def rates_apart(base: Run, record: Record) -> Iterator[Run]:
 
 
 APART_RATES = (7.5e-4, 1.5e-3, DEFAULT_RATE, 6e-3, 1.2e-2)  # of the matrices
-FULL_RATES = (6e-3, 1.5e-3)  # in full precision, beside the default
+FULL_RATES = (6e-3, 1.5e-3, 1.2e-2, 7.5e-4)  # in full precision, beside the default
 
 
 def honest_baselines(base: Run, record: Record) -> Iterator[Run]:
-    """Rates of the matrices with the embedding apart; AdamW with both β2 and with weight decay; three seeds each."""
+    """Embedding apart, rates of the matrices, in INT4 and full precision; both β2, weight decay; three seeds."""
     own = replace(base, precision="int4", learning_rate=DEFAULT_RATE)
     names = [apart(method, "embedding", 10) for method in APART]
     yield from (replace(own, method=method) for method in names)
@@ -197,6 +197,11 @@ def honest_baselines(base: Run, record: Record) -> Iterator[Run]:
     yield from (replace(own, method=method, learning_rate=APART_RATES[0]) for method in names)
     for rate in FULL_RATES:
         yield from (replace(own, method=method, precision="full", learning_rate=rate) for method in names)
+    for method in names:
+        full = replace(own, method=method, precision="full")
+        rate = best_rate(record, full, APART_RATES)
+        if rate is not None:
+            yield from over_seeds(replace(full, learning_rate=rate))
 
 
 def best_apart(base: Run, record: Record, method: str) -> Run | None:
