@@ -69,7 +69,6 @@ def makers() -> dict[str, Callable[[], str]]:
     real = qat_record.read_record()
     found |= {"qat": lambda: qat_tables.table(real), "qat-rates": lambda: qat_tables.rates_table(real)}
     found["qat-summary"] = lambda: qat_tables.summary(real)
-    found["qat-steps"] = lambda: qat_tables.steps_table(real)
     found["qat-files"] = qat_tables.files_table
     found["momentum-resets"] = lambda: momentum_resets.table(momentum_resets.read())
     found["continual"] = lambda: continual.table(continual.recorded())

@@ -11,7 +11,6 @@ import math
 import statistics
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -45,6 +44,12 @@ TITLES = {
     "nvfp4": "NVFP4, weights and inputs",
     "mxfp4": "MXFP4, weights and inputs",
 }
+LENGTHS = (STEPS, round(LONGER * STEPS))
+WAYS: dict[str, tuple[str, str, str | None]] = {  # → optimizer, format in training, format that comes afterwards
+    "fine-tuned in full precision": ("adamw_clipped", FULL, None),
+    "the same, then rounded to 4 bits": ("adamw_clipped", FULL, GGUF),
+    **{f"trained in 4 bits, {label}": (method, GGUF, None) for method, label in LABELS.items()},
+}
 TICKS = {  # W: weights, A: inputs, g: numbers that share a scale
     GGUF: "int4_signed\nW4 g32",
     "w4a4_int4_g64": "int4\nW4A4 g64",
@@ -62,12 +67,12 @@ def of_setting(record: Record, method: str, precision: str, steps: int = STEPS) 
     return found
 
 
-def best(record: Record, method: str, precision: str, then: str | None = None) -> list[Run]:
+def best(record: Record, method: str, precision: str, then: str | None = None, steps: int = STEPS) -> list[Run]:
     """The runs at the learning rate whose first seed ended lowest, by seed; empty where there is none.
 
     With `then` those of full precision whose first seed was lowest after rounding to this format.
     """
-    found = of_setting(record, method, precision)
+    found = of_setting(record, method, precision, steps)
     if not found:
         return []
     first = {rate: min(runs, key=lambda run: run.seed) for rate, runs in found.items()}
@@ -95,46 +100,34 @@ def spread(values: Iterable[float]) -> str:
 
 
 def summary(record: Record) -> str:
-    """The main result in words, made from the rows alone."""
-    loaded, tuned = Run(LOADED, FULL, 0.0, steps=0), best(record, "adamw_clipped", FULL)
-    full, after = _mean(record, tuned), _mean(record, best(record, "adamw_clipped", FULL, GGUF), GGUF)
-    parts = [
-        f"On {record[loaded]['tokens']} tokens of held-out pages the loaded model has a perplexity of "
-        f"{perplexity_of(record, loaded):.2f}, and {rounded(record, loaded, GGUF):.2f} once its matrices are rounded "
-        f"to 4 bits. {STEPS} steps of fine-tuning in full precision bring it to {full:.2f} ({seeds_of(tuned)}), and "
-        f"rounding what was so fine-tuned to {after:.2f}: the rounding costs {after - full:.2f}."
-    ]
-    means = {}
-    for method, label in LABELS.items():
-        runs = best(record, method, GGUF)
-        if runs:
-            rates = len(of_setting(record, method, GGUF))
-            means[label] = _mean(record, runs)
-            parts.append(
-                f"Trained with the rounding in the forward pass for as many steps it ends at {means[label]:.2f} with "
-                f"{label} ({seeds_of(runs)}, {'the best of ' if rates > 1 else ''}{rates} learning rate"
-                f"{'s' * (rates > 1)}), {means[label] - full:.2f} above full precision."
-            )
-    shared = set.intersection(*(set(of_setting(record, method, GGUF)) for method in LABELS))
-    if len(shared) > 1:
-        highest = max(shared)
-        ends = [perplexity_of(record, Run(method, GGUF, highest)) for method in LABELS]
-        said = " and ".join(f"{end:.2f} with {label}" for end, label in zip(ends, LABELS.values(), strict=True))
-        parts.append(f"At the highest rate that both were run at, {highest:g}, it ends at {said}.")
-    taken = [100 * (after - mean) / (after - full) for mean in means.values()]
-    parts.append(
-        f"So training in the format takes away {min(taken):.0f} to {max(taken):.0f} % of what the rounding costs."
+    """The main result, made from the rows alone: what each way ends at, after few steps and after more."""
+    loaded = Run(LOADED, FULL, 0.0, steps=0)
+    ways = {steps: [best(record, *way, steps) for way in WAYS.values()] for steps in LENGTHS}
+    rows = [f"| | {' | '.join(f'{steps} steps' for steps in LENGTHS)} |", f"|---|{'---:|' * len(LENGTHS)}"]
+    for place, (name, (_, _, then)) in enumerate(WAYS.items()):
+        cells = [_with_rate(record, ways[steps][place], then) for steps in LENGTHS]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    taken = []
+    for steps, found in ways.items():
+        ends = [_mean(record, runs, then) for runs, (_, _, then) in zip(found, WAYS.values(), strict=True)]
+        shares = [100 * (ends[1] - end) / (ends[1] - ends[0]) for end in ends[2:]]
+        if all(map(math.isfinite, shares)):
+            said = (f"{share:.0f} % ({label})" for share, label in zip(shares, LABELS.values(), strict=True))
+            taken.append(f"{' and '.join(said)} after {steps} steps")
+    return "\n".join(
+        [
+            f"Perplexity of {record[loaded]['tokens']} tokens of held-out pages, in brackets the learning rate that was"
+            f" best on the first seed. The loaded model has {perplexity_of(record, loaded):.2f}, and"
+            f" {rounded(record, loaded, GGUF):.2f} once its matrices are rounded to 4 bits.\n",
+            *rows,
+            f"\nOf what rounding costs after fine-tuning, training in the format takes away {', '.join(taken)}.",
+        ]
     )
-    longer = {
-        label: replace(best(record, method, GGUF)[0], steps=round(LONGER * STEPS)) for method, label in LABELS.items()
-    }
-    if all(run in record for run in longer.values()):
-        ends = [f"{perplexity_of(record, run):.2f} with {label}" for label, run in longer.items()]
-        parts.append(
-            f"After {round(LONGER * STEPS)} steps at the rate that was best after {STEPS} it ends at "
-            f"{' and '.join(ends)} (1 seed)."
-        )
-    return " ".join(parts)
+
+
+def _with_rate(record: Record, runs: list[Run], then: str | None) -> str:
+    ends = [end_of(record, run, then) for run in runs]
+    return f"{spread(ends)} ({runs[0].learning_rate:g}, {seeds_of(runs)})" if runs else "–"
 
 
 def _mean(record: Record, runs: list[Run], then: str | None = None) -> float:
@@ -172,30 +165,16 @@ def _cell(record: Record, method: str, precision: str, then: str | None = None) 
 
 def rates_table(record: Record) -> str:
     """Markdown: every learning rate that was tried, first seeds."""
-    settings = [(m, p) for p in (*FORMATS, FULL) for m in LABELS if of_setting(record, m, p)]
-    rates = sorted({rate for m, p in settings for rate in of_setting(record, m, p)})
-    rows = [f"| optimizer | trained in | {' | '.join(f'{rate:g}' for rate in rates)} |"]
-    rows.append(f"|---|---|{'---:|' * len(rates)}")
-    for method, precision in settings:
-        found = of_setting(record, method, precision)
+    known = [(m, p, n) for n in LENGTHS for p in (*FORMATS, FULL) for m in LABELS if of_setting(record, m, p, n)]
+    rates = sorted({rate for setting in known for rate in of_setting(record, *setting)})
+    rows = [f"| steps | optimizer | trained in | {' | '.join(f'{rate:g}' for rate in rates)} |"]
+    rows.append(f"|---:|---|---|{'---:|' * len(rates)}")
+    for method, precision, steps in known:
+        found = of_setting(record, method, precision, steps)
         firsts = [min(found[rate], key=lambda run: run.seed) if rate in found else None for rate in rates]
         values = ["–" if run is None else f"{perplexity_of(record, run):.2f}" for run in firsts]
-        rows.append(f"| {LABELS[method]} | {TITLES.get(precision, 'full precision')} | {' | '.join(values)} |")
-    return "\n".join(rows)
-
-
-def steps_table(record: Record) -> str:
-    """Markdown: first seeds after the study's steps and after more of them, at the same learning rates."""
-    lengths = (STEPS, round(LONGER * STEPS))
-    rows = [f"| trained in | optimizer | lr | {' | '.join(f'{steps} steps' for steps in lengths)} |"]
-    rows.append(f"|---|---|{'---:|' * (1 + len(lengths))}")
-    ways = [("adamw_clipped", FULL, None), ("adamw_clipped", FULL, GGUF), *((method, GGUF, None) for method in LABELS)]
-    for method, precision, then in ways:
-        first = best(record, method, precision, then)[0]
-        runs = [replace(first, steps=steps) for steps in lengths]
-        found = ("–" if run not in record else f"{end_of(record, run, then):.2f}" for run in runs)
-        title = TITLES.get(precision, "full precision") + ("" if then is None else f", then rounded to {TITLES[then]}")
-        rows.append(f"| {title} | {LABELS[method]} | {first.learning_rate:g} | {' | '.join(found)} |")
+        title = TITLES.get(precision, "full precision")
+        rows.append(f"| {steps} | {LABELS[method]} | {title} | {' | '.join(values)} |")
     return "\n".join(rows)
 
 
@@ -223,19 +202,20 @@ def curve(record: Record, run: Run) -> list[tuple[int, float]]:
 def figure(record: Record) -> plt.Figure:
     """Left: perplexity over steps, with lines of full precision and of rounding afterwards; right: rounding's cost."""
     drawing, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    tuned = best(record, "adamw_clipped", FULL)
+    steps = max((n for n in LENGTHS if all(of_setting(record, m, GGUF, n) for m in LABELS)), default=STEPS)
     for method, label in LABELS.items():
-        for index, run in enumerate(best(record, method, GGUF)):
+        for index, run in enumerate(best(record, method, GGUF, steps=steps)):
             text = f"trained in 4 bits, {label}" if index == 0 else None
             left.plot(*zip(*curve(record, run), strict=True), color=COLORS[method], label=text, marker="o", ms=3)
-    if tuned:
-        full, after = _mean(record, tuned), _mean(record, best(record, "adamw_clipped", FULL, GGUF), GGUF)
+    if of_setting(record, "adamw_clipped", FULL, steps):
+        full = _mean(record, best(record, "adamw_clipped", FULL, steps=steps))
+        after = _mean(record, best(record, "adamw_clipped", FULL, GGUF, steps), GGUF)
         left.axhline(after, color="#D55E00", linestyle=":", label=f"fine-tuned, then rounded: {after:.1f}")
         left.axhline(full, color="#555555", linestyle="--", label=f"fine-tuned in full precision: {full:.1f}")
     left.set(xlabel="update step", ylabel="perplexity of held-out pages", title=f"SmolLM2-135M, {TITLES[GGUF]}")
     left.grid(alpha=0.3)
     left.legend(fontsize="small")
-    _bars(right, record, tuned)
+    _bars(right, record, best(record, "adamw_clipped", FULL))
     return drawing
 
 
@@ -256,7 +236,9 @@ def _bars(axes: plt.Axes, record: Record, tuned: list[Run]) -> None:
         bars = axes.bar(positions, costs, 0.2, color=color, label=label)
         axes.bar_label(bars, [f"{cost:.1f}" if math.isfinite(cost) else "" for cost in costs], fontsize=7, padding=1)
     axes.set_xticks(range(len(TITLES)), TICKS.values(), fontsize=9)
-    axes.set(ylabel="perplexity above full precision", title="What the rounding costs", yscale="log")
+    axes.set(
+        ylabel="perplexity above full precision", title=f"What the rounding costs after {STEPS} steps", yscale="log"
+    )
     axes.set_ylim(1, 5 * axes.get_ylim()[1])
     axes.grid(alpha=0.3, axis="y")
     axes.legend(fontsize="small", loc="upper left", ncols=2)

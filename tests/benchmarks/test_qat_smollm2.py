@@ -93,7 +93,7 @@ def test_the_tables_take_the_best_rate_and_all_its_seeds(record):
     assert "| int4_signed, groups of 32 | 50.00 | 50.00 (1 seed) | 36.00 (1 seed) | 34.00 ± 1.00 (3 seeds) |" in lines
     assert "| full precision | 40.00 | – | 30.00 (1 seed) | – |" in lines
     rates = qat_tables.rates_table(record).splitlines()
-    assert "| Stable-SPAM | int4_signed, groups of 32 | 35.00 | 33.00 | 34.00 |" in rates
+    assert "| 40 | Stable-SPAM | int4_signed, groups of 32 | 35.00 | 33.00 | 34.00 |" in rates
 
 
 def test_what_is_rounded_afterwards_is_the_rate_that_is_best_after_it(record):
@@ -103,23 +103,24 @@ def test_what_is_rounded_afterwards_is_the_rate_that_is_best_after_it(record):
     assert any(line.startswith("| int4_signed, groups of 32 | 50.00 | 49.00 (1 seed) |") for line in lines)
 
 
-def test_the_table_of_steps_shows_the_same_rates_after_more_of_them(record):
-    record |= {Run("adamw_clipped", FULL, 2e-4, steps=100): row(28, **{f"rounded_{GGUF}": 31})}
-    record |= {Run("stable_spam", GGUF, 2e-4, steps=100): row(29)}
-    assert qat_tables.steps_table(record).splitlines()[2:] == [
-        "| full precision | AdamW + clipping | 0.0002 | 30.00 | 28.00 |",
-        "| full precision, then rounded to int4_signed, groups of 32 | AdamW + clipping | 0.0002 | 50.00 | 31.00 |",
-        "| int4_signed, groups of 32 | AdamW + clipping | 0.0001 | 36.00 | – |",
-        "| int4_signed, groups of 32 | Stable-SPAM | 0.0002 | 33.00 | 29.00 |",
+def test_each_way_has_its_own_best_rate_after_each_number_of_steps(record):
+    record[Run("adamw_clipped", FULL, 2e-4, steps=100)] = row(28, **{f"rounded_{GGUF}": 32})
+    for rate, perplexity in ((1e-4, 29), (2e-4, 30)):
+        record[Run("stable_spam", GGUF, rate, steps=100)] = row(perplexity)
+    said = qat_tables.summary(record).splitlines()
+    assert said[0].startswith("Perplexity of 99 tokens")
+    assert said[0].endswith("The loaded model has 40.00, and 50.00 once its matrices are rounded to 4 bits.")
+    assert said[4:8] == [
+        "| fine-tuned in full precision | 30.00 (0.0002, 1 seed) | 28.00 (0.0002, 1 seed) |",
+        "| the same, then rounded to 4 bits | 50.00 (0.0002, 1 seed) | 32.00 (0.0002, 1 seed) |",
+        "| trained in 4 bits, AdamW + clipping | 36.00 (0.0001, 1 seed) | – |",
+        "| trained in 4 bits, Stable-SPAM | 34.00 ± 1.00 (0.0002, 3 seeds) | 29.00 (0.0001, 1 seed) |",
     ]
-
-
-def test_the_words_say_what_more_steps_end_at_where_both_are_on_record(record):
-    record[Run("adamw_clipped", GGUF, 1e-4, steps=100)] = row(28)
-    assert "100 steps" not in qat_tables.summary(record)
-    record[Run("stable_spam", GGUF, 2e-4, steps=100)] = row(29)
-    said = qat_tables.summary(record)
-    assert said.endswith("best after 40 it ends at 28.00 with AdamW + clipping and 29.00 with Stable-SPAM (1 seed).")
+    assert said[-1].endswith("takes away 70 % (AdamW + clipping) and 80 % (Stable-SPAM) after 40 steps.")
+    record[Run("adamw_clipped", GGUF, 1e-4, steps=100)] = row(30)
+    assert said[-1][:-1] + ", 50 % (AdamW + clipping) and 75 % (Stable-SPAM) after 100 steps." in qat_tables.summary(
+        record
+    )
 
 
 def test_the_figure_has_a_line_for_each_run_and_bars_for_what_is_on_record(record, tmp_path):
@@ -129,6 +130,9 @@ def test_the_figure_has_a_line_for_each_run_and_bars_for_what_is_on_record(recor
     left, right = qat_tables.figure(record).axes
     assert len(left.lines) == 1 + 3 + 2  # AdamW once, Stable-SPAM's seeds, the two levels
     assert left.lines[0].get_ydata()[0] == 50  # before the first step: rounded as loaded
+    for method in METHODS:  # then the longer runs are drawn, against the levels of theirs
+        record[Run(method, GGUF, 1e-4, steps=100)] = row(30, curve="100:3.4")
+    assert len(qat_tables.figure(record).axes[0].lines) == 2
     heights = [bar.get_height() for bar in right.patches]
     assert heights[:4] == [10, 20, 30, 40]
     assert heights[4:8] == [20, 30, 40, 50]
