@@ -91,13 +91,18 @@ def score_responses(
 
 def _checked(values: Any, rows: int, start: int) -> list[float]:
     """One finite number for each row."""
-    values = values.tolist() if hasattr(values, "tolist") else list(values)
+    values = values.tolist() if hasattr(values, "tolist") else [_plain(value) for value in values]
     if len(values) != rows:
         raise ValueError(f"reward must return a number for each row, got {len(values)} for {rows} rows")
     for row, value in enumerate(values, start):
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"reward must be a finite number, got {value!r} for row {row}")
     return [float(value) for value in values]
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of NumPy or PyTorch as Python's."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 class _RewardModel:

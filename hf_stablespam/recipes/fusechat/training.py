@@ -101,7 +101,7 @@ def train_target(
         from trl import DPOTrainer, SFTTrainer
     except ImportError as error:
         raise ImportError(NEEDED) from error
-    _check(dataset, sft_args, dpo_args, four_bit, export)
+    _check(model, dataset, sft_args, dpo_args, four_bit, export)
     model = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, (str, os.PathLike)) else model
     if hasattr(model, "peft_config"):
         raise ValueError("model must have no adapter; merge it (merge_and_unload) and give peft_config instead")
@@ -225,6 +225,7 @@ def _warn_about_bfloat16(model: Any, args: Any, peft_config: Any) -> None:
 
 
 def _check(
+    model: Any,
     dataset: Mapping[str, Dataset],
     sft_args: SFTConfig,
     dpo_args: DPOConfig,
@@ -240,6 +241,12 @@ def _check(
     folders = [Path(str(args.output_dir)).resolve() for args in (sft_args, dpo_args)]
     if folders[0] == folders[1]:
         raise ValueError(f"the stages must have folders of their own, got {str(sft_args.output_dir)!r} for both")
+    source = model if isinstance(model, (str, os.PathLike)) else getattr(model, "name_or_path", "")
+    if source and Path(source).resolve() in folders:
+        raise ValueError(
+            f"model must lie in another folder than those of the stages, got {str(source)!r}: the trained model would"
+            " replace it; give a new output_dir"
+        )
     if export and export is not True and Path(export).resolve() in folders:
         raise ValueError(
             f"export must be another folder than those of the stages, got {str(export)!r}: the packed model would"

@@ -29,6 +29,7 @@ _OURS = (
     "min_new_tokens",
     "streamer",
 )
+_ANEW = ("max_time", "exponential_decay_length_penalty", "begin_suppress_tokens", "forced_eos_token_id")
 _INSTEAD = {"min_new_tokens": ", and give min_codes: it would begin anew in every chunk"}
 
 
@@ -116,6 +117,22 @@ class Continuations:
             return {}
         self.cache.batch_select_indices(torch.tensor(rows, device=self.prompt.device))
         return {"past_key_values": self.cache}
+
+
+def check_in_chunks(model: Any, generate_kwargs: Mapping[str, Any]) -> None:
+    """No option counts from where a call of `generate` begins, or looks at where it ends.
+
+    Raises:
+        ValueError: one does, given to the search or in a generation config.
+    """
+    configs = generate_kwargs.get("generation_config"), getattr(model, "generation_config", None)
+    for name in _ANEW:
+        values = generate_kwargs.get(name), *(getattr(config, name, None) for config in configs)
+        if (value := next((value for value in values if value is not None), None)) is not None:
+            raise ValueError(
+                f"{name} must be None in a search by chunks, got {value!r}: it would begin anew in every chunk; leave "
+                "it out (of the generation config too), or use best_of_n"
+            )
 
 
 def prompt_ids(inputs: Any) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from hf_stablespam._evaluating import evaluating
 from hf_stablespam.quant import fixed_weights
-from hf_stablespam.recipes.llasa.generation import Continuations
+from hf_stablespam.recipes.llasa.generation import Continuations, check_in_chunks
 from hf_stablespam.recipes.llasa.selection import (
     Candidate,
     SearchResult,
@@ -119,8 +119,8 @@ def process_beam_search(
         The winner, all candidates of the last choice with their scores, and the steps.
 
     Raises:
-        ValueError: a width, number or length below 1; `until` above the most codes that may be written; and what
-            `best_of_n` raises.
+        ValueError: a width, number or length below 1; `until` above the most codes that may be written; an option
+            of `generate` that counts within one chunk, such as ``max_time``; and what `best_of_n` raises.
 
     Example:
         >>> process_beam_search(
@@ -129,6 +129,7 @@ def process_beam_search(
         -0.0
     """
     at_least_one(beam_width=beam_width, expansions=expansions, chunk_size=chunk_size)
+    check_in_chunks(model, generate_kwargs)
     continuations = Continuations(model, inputs, vocabulary, generate_kwargs, min_codes=min_codes, use_cache=use_cache)
     most = continuations.max_new_tokens
     if until is not None:

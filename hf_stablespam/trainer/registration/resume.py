@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NAMES = "param_names"  # torch's own key for them
+_HOOK = "_names_in_checkpoints"  # attribute of an optimizer
 # What torch.optim.AdamW has in common with StableSPAM: of its other options nothing is taken over.
 _ADAMW_OPTIONS = {"initial_lr", "betas", "eps", "weight_decay", "maximize"}
 _NO_OPTIONS = {"params", _NAMES, "lr", "decay_steps", "decay_spans_run"}  # `run_length.py` speaks of the decay
@@ -31,19 +32,35 @@ _REMEDY = "train the same parameters as the run that was saved, or begin a new r
 
 
 def note_names(optimizer: Any, model: "torch.nn.Module | None") -> None:
-    """Leave the names of the parameters in the groups of one of our optimizers, and so in its checkpoints.
+    """Write the names of the parameters into the checkpoints of one of our optimizers.
 
-    Not where parameters are sharded: their checkpoints go by names already.
+    Not into its groups: torch takes no group without names beside one that has them, and a callback may add one.
     """
     inner = unwrap(optimizer)
     if not isinstance(inner, MeasuringOptimizer) or model is None:
         return
-    if any(is_sharded(param) for group in inner.param_groups for param in group["params"]):
-        return
+    if (former := inner.__dict__.pop(_HOOK, None)) is not None:  # of another run
+        former.remove()
+
+    def name(optimizer: Any, state_dict: dict[str, Any]) -> None:
+        for group, names in zip(state_dict["param_groups"], names_of(optimizer, model), strict=True):
+            if names is not None:
+                group[_NAMES] = names
+
+    inner.__dict__[_HOOK] = inner.register_state_dict_post_hook(name)
+
+
+def names_of(optimizer: Any, model: "torch.nn.Module") -> list[list[str] | None]:
+    """The names of each group's parameters in the model; none for a group that has others too.
+
+    None where parameters are sharded: their checkpoints go by names already.
+    """
+    groups = [group["params"] for group in optimizer.param_groups]
+    if any(is_sharded(param) for params in groups for param in params):
+        return [None] * len(groups)
     known = {id(param): name for name, param in model.named_parameters()}
-    for group in inner.param_groups:
-        if all(id(param) in known for param in group["params"]):
-            group[_NAMES] = [known[id(param)] for param in group["params"]]
+    found = [[known[id(param)] for param in params if id(param) in known] for params in groups]
+    return [names if len(names) == len(params) else None for names, params in zip(found, groups, strict=True)]
 
 
 @contextlib.contextmanager
@@ -64,10 +81,9 @@ def comparing_with_checkpoint(trainer: "Trainer") -> Iterator[None]:
     if not isinstance(optimizer, MeasuringOptimizer):
         yield
         return
-    note_names(optimizer, trainer.model)
     ignored = {"reset_interval"} if any(isinstance(one, MomentumResetCallback) for one in callbacks) else set()
 
-    def compare(_: Any, state_dict: dict[str, Any]) -> None:
+    def compare(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         check_same_parameters(optimizer, state_dict, trainer.model)
         changed = changed_options(optimizer, state_dict, ignored)
         if changed and trainer.args.process_index == 0:
@@ -76,12 +92,22 @@ def comparing_with_checkpoint(trainer: "Trainer") -> Iterator[None]:
                 "a new one from the checkpoint's weights",
                 ", ".join(changed),
             )
+        return state_dict if _named(optimizer) else {**state_dict, "param_groups": _without_names(state_dict)}
 
     hook = optimizer.register_load_state_dict_pre_hook(compare, prepend=True)
     try:
         yield
     finally:
         hook.remove()
+
+
+def _named(optimizer: Any) -> bool:
+    return any(_NAMES in group for group in optimizer.param_groups)
+
+
+def _without_names(state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+    """The groups as the optimizer has them, which otherwise takes the names over."""
+    return [{key: group[key] for key in group if key != _NAMES} for group in state_dict["param_groups"]]
 
 
 def changed_options(optimizer: Any, state_dict: dict[str, Any], ignored: set[str]) -> list[str]:
@@ -106,11 +132,11 @@ def check_same_parameters(optimizer: Any, state_dict: dict[str, Any], model: Any
     own, saved = optimizer.param_groups, state_dict["param_groups"]
     if any(is_sharded(param) for group in own for param in group["params"]):
         return
-    if all(_NAMES in group for group in [*own, *saved]):
-        ours, theirs = ([group[_NAMES] for group in groups] for groups in (own, saved))
+    ours, theirs = names_of(optimizer, model), [group.get(_NAMES) for group in saved]
+    if None not in ours and None not in theirs:
         if ours == theirs:
             return
-        here, there = ([name for names in groups for name in names] for groups in (ours, theirs))
+        here, there = ([name for names in groups for name in names or ()] for groups in (ours, theirs))
         raise ValueError(
             f"the optimizer state of the checkpoint is of {len(there)} parameters, and this run trains {len(here)}; "
             f"{_difference(here, there)}; {_REMEDY}"

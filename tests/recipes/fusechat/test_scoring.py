@@ -1,5 +1,6 @@
 """Rewards from functions and from reward models."""
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -85,6 +86,12 @@ def test_segments_reach_a_model_that_has_them(tmp_path, adapter, max_length):
     rows = [{"prompt": prompt, "response": response} for prompt, response in pairs]
     scored = score_responses(rows, model, words, batch_size=3, max_length=max_length)
     assert scored["reward"][:] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("scalar", [np.float32, np.int64, torch.tensor])
+def test_scalars_of_other_libraries_are_numbers(scalar):
+    scored = score_responses(ROWS, lambda prompts, answers: [scalar(2) for _ in answers])
+    assert scored["reward"][:] == [2.0] * len(ROWS)
 
 
 def test_a_model_with_a_score_of_its_own():

@@ -307,6 +307,11 @@ def test_wrong_uses_are_refused_before_training(tmp_path):
     for stage in (sft_args, dpo_args):
         with pytest.raises(ValueError, match="export must be another folder than those of the stages"):
             train(export=f"{stage.output_dir}/", four_bit=FourBitConfig(group_size=16))
+        loaded = target()
+        loaded.name_or_path = f"{stage.output_dir}/"
+        for model in (str(stage.output_dir), Path(stage.output_dir), loaded):
+            with pytest.raises(ValueError, match="model must lie in another folder than those of the stages"):
+                train(model=model)
     with pytest.raises(ValueError, match=r"the parts 'sft' and 'dpo' and a row in one of them, it has {'dpo': 8}"):
         train(data={"dpo": preferences()["dpo"]})
     from peft import get_peft_model

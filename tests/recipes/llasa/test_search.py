@@ -300,6 +300,28 @@ def test_wrong_options_are_refused(model, options, message):
         search(model, PROMPT, mean, vocabulary=VOCABULARY, **options)
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"max_time": 5.0},
+        {"exponential_decay_length_penalty": (3, 1.1)},
+        {"begin_suppress_tokens": [1]},
+        {"forced_eos_token_id": VOCABULARY.end_id},
+    ],
+)
+def test_what_counts_within_a_chunk_is_refused_where_there_are_several(option):
+    (name,) = option
+    asked = {"vocabulary": VOCABULARY, "max_new_tokens": 6, "chunk_size": 3}
+    for given in (option, {"generation_config": GenerationConfig(**option)}):
+        with pytest.raises(ValueError, match=f"{name} must be None in a search by chunks"):
+            process_beam_search(ends_soon(), PROMPT, mean, **asked, **given)
+    model = ends_soon()
+    model.generation_config = GenerationConfig(**option)
+    with pytest.raises(ValueError, match=f"{name} must be None in a search by chunks"):
+        process_beam_search(model, PROMPT, mean, **asked)
+    assert best_of_n(model, PROMPT, mean, vocabulary=VOCABULARY, n=1, max_new_tokens=6).codes is not None
+
+
 @pytest.mark.parametrize("prompt", [[], torch.zeros(2, 4, dtype=torch.long), [0.5]])
 def test_a_prompt_that_is_none_is_refused(model, prompt):
     with pytest.raises(ValueError, match="inputs must be one prompt"):

@@ -4,8 +4,10 @@ import logging
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from hf_stablespam import SPAM, MomentumResetCallback, StableSPAM
+from hf_stablespam.trainer.callbacks.helpers.unwrapping import unwrap
 from tests.trainer.helpers import optimizer_of, tiny_llama, tiny_trainer
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
@@ -112,6 +114,25 @@ def test_as_many_other_parameters_of_the_same_shapes(tmp_path):
         ValueError, match=r"and this run trains 12; not trained now: model\.layers\.1\..* and 3 more; not in the "
     ):
         resume(tmp_path, path, model=model_without("layers.1"))
+
+
+class AddsGroup(TrainerCallback):
+    """What frees layers one after the other does this."""
+
+    def on_train_end(self, args, state, control, optimizer, **kwargs):
+        unwrap(optimizer).add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+
+
+def test_a_callback_may_add_parameters_although_checkpoints_have_names(tmp_path):
+    path = checkpoint(tmp_path, callbacks=[AddsGroup()])
+    groups = torch.load(f"{path}/optimizer.pt", weights_only=True)["param_groups"]
+    assert [group["param_names"][0] for group in groups] == [
+        "model.embed_tokens.weight",
+        "model.layers.0.input_layernorm.weight",
+    ]
+    optimizer = optimizer_of(resume(tmp_path, path, callbacks=[AddsGroup()]))
+    assert [len(group["params"]) for group in optimizer.param_groups] == [16, 5, 1]
+    assert "param_names" not in optimizer.state_dict()["param_groups"][-1]  # it is not the model's
 
 
 @pytest.mark.parametrize("optim", ["stable_spam", "adamw_torch"])
