@@ -185,6 +185,7 @@ def files_table() -> str:
     lines = ["| run | rounded before | torch | llama.cpp | difference | MB |", "|---|---:|---:|---:|---:|---:|"]
     for row in rows:
         what = f"`{row['method']}`" if "/" in row["method"] else f"{LABELS[row['method']]}, {row['learning_rate']}"
+        what += f", {row['steps']} steps"
         before, off = row.get("perplexity_rounded") or "–", f"{float(row['off_percent']):+.2f} %"
         numbers = (before, row["perplexity_torch"], row["perplexity_llama_cpp"], off, row["megabytes"])
         lines.append(f"| {what} | {' | '.join(numbers)} |")

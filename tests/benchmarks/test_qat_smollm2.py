@@ -140,5 +140,5 @@ def test_the_figure_has_a_line_for_each_run_and_bars_for_what_is_on_record(recor
 
 def test_the_files_are_those_of_llama_cpp(tmp_path, monkeypatch):
     monkeypatch.setattr(_record, "RESULTS", tmp_path)
-    qat_smollm2.add_file_row({"method": "stable_spam", "learning_rate": 2e-4}, 31.0, 31.031, 91.7)
-    assert "| Stable-SPAM, 0.0002 | – | 31.0 | 31.031 | +0.10 % | 91.7 |" in qat_tables.files_table()
+    qat_smollm2.add_file_row({"method": "stable_spam", "learning_rate": 2e-4, "steps": 40}, 31.0, 31.031, 91.7)
+    assert "| Stable-SPAM, 0.0002, 40 steps | – | 31.0 | 31.031 | +0.10 % | 91.7 |" in qat_tables.files_table()
