@@ -8,7 +8,7 @@
 Each finished run is appended to results/quality.csv at once, and runs that are there are not repeated: stop it when
 you like and go on later. Start it as often as there are cores (with OMP_NUM_THREADS=1): the processes share the queue.
 A run of 500 steps of the demo's model (1.3 million parameters, 16 × 128 tokens a step) takes
-about three minutes on one core, one of `longer` half an hour; all others are about 250 runs. Whoever wins, wins:
+about three minutes on one core, one of `longer` half an hour; all others are about 260 runs. Whoever wins, wins:
 diverged runs are rows as well.
 """
 
