@@ -213,6 +213,7 @@ def figure(record: Record) -> plt.Figure:
         after = _mean(record, best(record, "adamw_clipped", FULL, GGUF, steps), GGUF)
         left.axhline(after, color="#D55E00", linestyle=":", label=f"fine-tuned, then rounded: {after:.1f}")
         left.axhline(full, color="#555555", linestyle="--", label=f"fine-tuned in full precision: {full:.1f}")
+        left.set_ylim(bottom=full - 1)
     left.set(xlabel="update step", ylabel="perplexity of held-out pages", title=f"SmolLM2-135M, {TITLES[GGUF]}")
     left.grid(alpha=0.3)
     left.legend(fontsize="small")
