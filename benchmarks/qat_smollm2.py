@@ -114,7 +114,7 @@ def study(record: Record, steps: int = STEPS) -> Iterator[Run]:
     of_seeds = [[replace(base, learning_rate=rate, seed=seed) for base, rate in best.items()] for seed in SEEDS[1:]]
     yield from (run for runs in of_seeds for run in runs if run.precision != FULL)
     yield from (replace(run, seed=seed) for seed in SEEDS[1:] for run in others)
-    yield from (run for runs in of_seeds for run in runs)
+    yield from (run for runs in of_seeds for run in runs if run.precision == FULL)
 
 
 def missing(steps: int) -> list[Run]:

@@ -105,7 +105,7 @@ def summary(record: Record) -> str:
     ways = {steps: [best(record, *way, steps) for way in WAYS.values()] for steps in LENGTHS}
     rows = [f"| | {' | '.join(f'{steps} steps' for steps in LENGTHS)} |", f"|---|{'---:|' * len(LENGTHS)}"]
     for place, (name, (_, _, then)) in enumerate(WAYS.items()):
-        cells = [_with_rate(record, ways[steps][place], then) for steps in LENGTHS]
+        cells = [_cell(record, ways[steps][place], then) for steps in LENGTHS]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     taken = []
     for steps, found in ways.items():
@@ -123,11 +123,6 @@ def summary(record: Record) -> str:
             f"\nOf what rounding costs after fine-tuning, training in the format takes away {', '.join(taken)}.",
         ]
     )
-
-
-def _with_rate(record: Record, runs: list[Run], then: str | None) -> str:
-    ends = [end_of(record, run, then) for run in runs]
-    return f"{spread(ends)} ({runs[0].learning_rate:g}, {seeds_of(runs)})" if runs else "–"
 
 
 def _mean(record: Record, runs: list[Run], then: str | None = None) -> float:
@@ -149,18 +144,24 @@ def table(record: Record) -> str:
         *(f"trained in it, {LABELS[m]}" for m in LABELS),
     )
     rows = [f"| {' | '.join(names)} |", f"|---|{'---:|' * (len(names) - 1)}"]
-    cells = [f"{perplexity_of(record, loaded):.2f}", "–", *(_cell(record, method, FULL) for method in LABELS)]
+    cells = [
+        f"{perplexity_of(record, loaded):.2f}",
+        "–",
+        *(_cell(record, best(record, method, FULL)) for method in LABELS),
+    ]
     rows.append(f"| full precision | {' | '.join(cells)} |")
     for precision, title in TITLES.items():
-        cells = [f"{rounded(record, loaded, precision):.2f}", _cell(record, "adamw_clipped", FULL, precision)]
-        cells += [_cell(record, method, precision) for method in LABELS]
+        after = _cell(record, best(record, "adamw_clipped", FULL, precision), precision)
+        trained = [_cell(record, best(record, method, precision)) for method in LABELS]
+        cells = [f"{rounded(record, loaded, precision):.2f}", after, *trained]
         rows.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def _cell(record: Record, method: str, precision: str, then: str | None = None) -> str:
-    runs = best(record, method, precision, then)
-    return spread(end_of(record, run, then) for run in runs) + (f" ({seeds_of(runs)})" if runs else "")
+def _cell(record: Record, runs: list[Run], then: str | None = None) -> str:
+    """What runs that differ in their seeds end at, and in brackets their learning rate."""
+    ends = spread(end_of(record, run, then) for run in runs)
+    return f"{ends} ({runs[0].learning_rate:g}, {seeds_of(runs)})" if runs else ends
 
 
 def rates_table(record: Record) -> str:

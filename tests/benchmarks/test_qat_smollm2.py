@@ -90,8 +90,9 @@ def record():
 
 def test_the_tables_take_the_best_rate_and_all_its_seeds(record):
     lines = qat_tables.table(record).splitlines()
-    assert "| int4_signed, groups of 32 | 50.00 | 50.00 (1 seed) | 36.00 (1 seed) | 34.00 ± 1.00 (3 seeds) |" in lines
-    assert "| full precision | 40.00 | – | 30.00 (1 seed) | – |" in lines
+    cells = "50.00 (0.0002, 1 seed) | 36.00 (0.0001, 1 seed) | 34.00 ± 1.00 (0.0002, 3 seeds)"
+    assert f"| int4_signed, groups of 32 | 50.00 | {cells} |" in lines
+    assert "| full precision | 40.00 | – | 30.00 (0.0002, 1 seed) | – |" in lines
     rates = qat_tables.rates_table(record).splitlines()
     assert "| 40 | Stable-SPAM | int4_signed, groups of 32 | 35.00 | 33.00 | 34.00 |" in rates
 
@@ -99,8 +100,8 @@ def test_the_tables_take_the_best_rate_and_all_its_seeds(record):
 def test_what_is_rounded_afterwards_is_the_rate_that_is_best_after_it(record):
     record[Run("adamw_clipped", FULL, 4e-4)] = row(31, **{f"rounded_{name}": 49 for name in FORMATS})
     lines = qat_tables.table(record).splitlines()
-    assert "| full precision | 40.00 | – | 30.00 (1 seed) | – |" in lines
-    assert any(line.startswith("| int4_signed, groups of 32 | 50.00 | 49.00 (1 seed) |") for line in lines)
+    assert "| full precision | 40.00 | – | 30.00 (0.0002, 1 seed) | – |" in lines
+    assert any(line.startswith("| int4_signed, groups of 32 | 50.00 | 49.00 (0.0004, 1 seed) |") for line in lines)
 
 
 def test_each_way_has_its_own_best_rate_after_each_number_of_steps(record):

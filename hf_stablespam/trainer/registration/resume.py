@@ -92,7 +92,7 @@ def comparing_with_checkpoint(trainer: "Trainer") -> Iterator[None]:
                 "a new one from the checkpoint's weights",
                 ", ".join(changed),
             )
-        return state_dict if _named(optimizer) else {**state_dict, "param_groups": _without_names(state_dict)}
+        return {**state_dict, "param_groups": _named_alike(state_dict["param_groups"], optimizer)}
 
     hook = optimizer.register_load_state_dict_pre_hook(compare, prepend=True)
     try:
@@ -101,13 +101,11 @@ def comparing_with_checkpoint(trainer: "Trainer") -> Iterator[None]:
         hook.remove()
 
 
-def _named(optimizer: Any) -> bool:
-    return any(_NAMES in group for group in optimizer.param_groups)
-
-
-def _without_names(state_dict: dict[str, Any]) -> list[dict[str, Any]]:
-    """The groups as the optimizer has them, which otherwise takes the names over."""
-    return [{key: group[key] for key in group if key != _NAMES} for group in state_dict["param_groups"]]
+def _named_alike(groups: list[dict[str, Any]], optimizer: Any) -> list[dict[str, Any]]:
+    """Saved groups with names only where the optimizer's own have them: it would take them over."""
+    if any(_NAMES in group for group in optimizer.param_groups):
+        return groups
+    return [{key: group[key] for key in group if key != _NAMES} for group in groups]
 
 
 def changed_options(optimizer: Any, state_dict: dict[str, Any], ignored: set[str]) -> list[str]:
